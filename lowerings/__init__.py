@@ -1,0 +1,1 @@
+"""From rewritten graphs to code: what each operator becomes on each target."""

@@ -1,0 +1,56 @@
+"""Differences between the supported versions of torch, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+GraphPass = Callable[[Graph], None]
+
+
+class PassChain(CustomGraphPass):  # type: ignore[misc]
+    """Runs graph passes one after another.
+
+    torch 2.13 takes a list of custom passes per hook; torch 2.11 takes one.
+    """
+
+    def __init__(self, passes: Iterable[GraphPass]) -> None:
+        self._passes = tuple(passes)
+
+    def __call__(self, graph: Graph) -> None:
+        """Run every pass on ``graph``."""
+        for graph_pass in self._passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any | None:
+        """All uuids; None, which turns caching off, where a pass has none, as in Inductor."""
+        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def chain_passes(ours: GraphPass, hook: object) -> GraphPass:
+    """Our pass, followed by those a user has set for the same hook."""
+    if hook is None:
+        return ours
+    theirs = list(hook) if isinstance(hook, list | tuple) else [hook]
+    return PassChain([ours, *theirs])
+
+
+def triton_version() -> str:
+    """The installed triton's version, or "none"."""
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def device_identity() -> str:
+    """What of the machine decides about kernels: the GPU's name and compute capability."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"

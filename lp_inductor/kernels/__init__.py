@@ -1,0 +1,22 @@
+"""FP8 attention kernels behind one interface, and the choice among them."""
+
+from __future__ import annotations
+
+from lp_inductor.kernels.base import AttentionCall, Kernel
+from lp_inductor.kernels.registry import (
+    choose_kernel,
+    get_kernel,
+    register_kernel,
+    registered_kernels,
+    unregister_kernel,
+)
+
+__all__ = [
+    "AttentionCall",
+    "Kernel",
+    "choose_kernel",
+    "get_kernel",
+    "register_kernel",
+    "registered_kernels",
+    "unregister_kernel",
+]

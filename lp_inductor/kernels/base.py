@@ -1,0 +1,70 @@
+"""The interface every attention kernel stands behind."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from lp_inductor.passes.result import OK, Miss, Ok
+from lp_inductor.passes.site import AttentionCall
+
+__all__ = ["AttentionCall", "Kernel"]
+
+
+class Kernel(abc.ABC):
+    """An FP8 attention kernel: its name, where it can run, what it can serve, and how to call it.
+
+    Subclass it and pass an instance to :func:`lp_inductor.register_kernel`.
+    """
+
+    #: The name a configuration chooses it by.
+    name: str
+    #: Changes whenever results may change: part of every cache key.
+    version: str = "1"
+    #: What one quantisation scale covers.
+    granularity: str = "per_head"
+    #: Fewest key tokens at which the kernel pays against bf16 attention.
+    min_seq_len: int = 0
+
+    @abc.abstractmethod
+    def availability(self, device: torch.device) -> Ok | Miss:
+        """Whether the kernel can run on ``device`` at all: packages, architecture."""
+
+    def supports(self, call: AttentionCall) -> Ok | Miss:
+        """Whether the kernel serves this call; shapes, dtypes, masks."""
+        return OK
+
+    @abc.abstractmethod
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_descale: Tensor,
+        k_descale: Tensor,
+        v_descale: Tensor,
+        *,
+        is_causal: bool,
+        scale: float | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Attention over quantised operands.
+
+        Args:
+            query: (batch, heads, query_tokens, head_dim), float8_e4m3fn.
+            key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
+            value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
+            q_descale, k_descale, v_descale: (batch, kv_heads), float32.
+            is_causal: key j is visible to query i where j <= i; lengths are then equal.
+            scale: of the scores; None: head_dim ** -0.5.
+            out_dtype: of the result.
+
+        Returns:
+            (batch, heads, query_tokens, value_head_dim) in ``out_dtype``, any strides.
+        """
+
+    def identity(self) -> str:
+        """Name and version, for cache keys."""
+        return f"{self.name}@{self.version}"

@@ -1,0 +1,91 @@
+"""The registered kernels, and which of them serves a call."""
+
+from __future__ import annotations
+
+import difflib
+
+from lp_inductor.config import ConfigError, Fp8Config
+from lp_inductor.kernels.activated import ActivatedKernel
+from lp_inductor.kernels.base import AttentionCall, Kernel
+from lp_inductor.kernels.reference import ReferenceKernel
+from lp_inductor.passes.result import Miss, MissCode
+
+#: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
+_KERNELS: dict[str, Kernel] = {k.name: k for k in (ActivatedKernel(), ReferenceKernel())}
+_BUILT_IN = frozenset(_KERNELS)
+
+
+class KernelError(RuntimeError):
+    """A kernel that the configuration names cannot run on this machine."""
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Make a kernel available by its name; "auto" asks it before the built-in ones.
+
+    Raises:
+        ConfigError: if the name is empty, "auto", or taken.
+    """
+    if not isinstance(kernel, Kernel):
+        raise ConfigError(f"expected a Kernel, got {type(kernel).__name__}")
+    if not kernel.name or kernel.name == "auto" or kernel.name in _KERNELS:
+        raise ConfigError(f"kernel name {kernel.name!r} is empty, reserved or taken")
+    others = dict(_KERNELS)
+    _KERNELS.clear()
+    _KERNELS.update({kernel.name: kernel, **others})
+
+
+def unregister_kernel(name: str) -> None:
+    """Take back a registration. Compiled models that use the kernel fail from then on."""
+    if name in _BUILT_IN:
+        raise ConfigError(f"{name!r} is built in")
+    get_kernel(name)
+    del _KERNELS[name]
+
+
+def registered_kernels() -> tuple[Kernel, ...]:
+    """All kernels, in the order in which "auto" asks them."""
+    return tuple(_KERNELS.values())
+
+
+def get_kernel(name: str) -> Kernel:
+    """The kernel of that name.
+
+    Raises:
+        ConfigError: if there is none; it names the near matches.
+    """
+    if name not in _KERNELS:
+        near = difflib.get_close_matches(name, _KERNELS)
+        hint = f"did you mean {near[0]!r}?" if near else f"registered: {', '.join(_KERNELS)}"
+        raise ConfigError(f"no kernel {name!r}: {hint}")
+    return _KERNELS[name]
+
+
+def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
+    """The kernels to ask for a call.
+
+    The reference kernel on a GPU is slow by construction, so there it must be asked for by name.
+    """
+    if config.kernel != "auto":
+        return (get_kernel(config.kernel),)
+    is_cpu = call.device.type == "cpu"
+    return tuple(k for k in _KERNELS.values() if is_cpu or k.name != ReferenceKernel.name)
+
+
+def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
+    """The kernel that serves ``call``, or why none does.
+
+    Raises:
+        KernelError: if the configuration names a kernel that cannot run on the call's device.
+    """
+    reason: Miss | None = None
+    for kernel in candidates(config, call):
+        available = kernel.availability(call.device)
+        if isinstance(available, Miss):
+            if config.kernel != "auto":
+                raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
+            continue
+        supported = kernel.supports(call)
+        if not isinstance(supported, Miss):
+            return kernel
+        reason = reason or supported
+    return reason or Miss(MissCode.NO_KERNEL, f"on {call.device}")

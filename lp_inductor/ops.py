@@ -1,0 +1,191 @@
+"""The operators lp_inductor owns: schemas, fake kernels with true strides, CPU references.
+
+========================  =====================================================================
+``lp_inductor::sdpa``     scaled dot-product attention whole, as one opaque node: what capture
+                          puts into a graph and the passes rewrite or expand
+``::quantize``            rotate, centre and quantise a query or key
+``::quantize_centered``   centre and quantise a value, returning the mean that was taken off
+``::sdpa_quantized``      attention over quantised operands, for what
+                          ``aten._scaled_dot_product_flash_attention.quantized`` cannot say:
+                          another output dtype, another value head_dim, a named kernel
+========================  =====================================================================
+
+All shapes are (batch, heads, tokens, head_dim); quantised tensors are stored in the order (batch,
+tokens, heads, head_dim), which flash-attention kernels and the output projection both like.
+Descales are float32 of shape (batch, kv_heads): ``x ~ quantised * descale``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lp_inductor import reference
+
+NAMESPACE = "lp_inductor"
+FP8 = torch.float8_e4m3fn
+
+_lib = torch.library.Library(NAMESPACE, "DEF")
+_lib.define(
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float? scale, bool enable_gqa) -> Tensor"
+)
+_lib.define(
+    "quantize(Tensor x, Tensor? cos, Tensor? sin, bool interleaved, int rope_start, "
+    "int rope_width, int group_size, bool center) -> (Tensor quantized, Tensor descale)"
+)
+_lib.define("quantize_centered(Tensor x) -> (Tensor quantized, Tensor descale, Tensor mean)")
+_lib.define(
+    "sdpa_quantized(Tensor query, Tensor key, Tensor value, Tensor q_descale, Tensor k_descale, "
+    "Tensor v_descale, bool is_causal, float? scale, ScalarType out_dtype, str kernel) -> Tensor"
+)
+
+sdpa = torch.ops.lp_inductor.sdpa.default
+quantize = torch.ops.lp_inductor.quantize.default
+quantize_centered = torch.ops.lp_inductor.quantize_centered.default
+sdpa_quantized = torch.ops.lp_inductor.sdpa_quantized.default
+
+
+def stock_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """What ``lp_inductor::sdpa`` means: PyTorch's own attention without dropout."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _sdpa_autograd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """With a gradient to record, be stock attention; otherwise stay one opaque node."""
+    tensors = (query, key, value, attn_mask)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return stock_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    with torch._C._AutoDispatchBelowAutograd():
+        return sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _sdpa_autocast(device: str) -> object:
+    """Autocast runs attention in its lower precision; so must the op that stands for it."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        eligible = (
+            tensor is not None
+            and tensor.is_floating_point()
+            and tensor.device.type == device
+            and tensor.dtype != torch.float64
+        )
+        return tensor.to(torch.get_autocast_dtype(device)) if tensor is not None and eligible else tensor
+
+    def autocast(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
+        q, k, v, mask = (cast(t) for t in (query, key, value, attn_mask))
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+            torch._C.DispatchKey.AutocastCUDA
+        )
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return sdpa(q, k, v, mask, is_causal, scale, enable_gqa)
+
+    return autocast
+
+
+for _backend in ("CPU", "CUDA"):
+    _lib.impl("sdpa", stock_sdpa, _backend)
+    _lib.impl("sdpa", _sdpa_autocast(_backend.lower()), f"Autocast{_backend}")
+_lib.impl("sdpa", _sdpa_autograd, "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::sdpa", stock_sdpa, lib=_lib)
+
+
+def empty_bshd(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of x's shape, stored in the order (batch, tokens, heads, dim)."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize", lib=_lib)
+def _quantize_fake(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    rope_start: int,
+    rope_width: int,
+    group_size: int,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    descale = x.new_empty((x.shape[0], x.shape[1] // group_size), dtype=torch.float32)
+    return empty_bshd(x, FP8), descale
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_centered", lib=_lib)
+def _quantize_centered_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, _, dim = x.shape
+    descale = x.new_empty((batch, heads), dtype=torch.float32)
+    mean = x.new_empty((batch, heads, 1, dim), dtype=torch.float32)
+    return empty_bshd(x, FP8), descale, mean
+
+
+@torch.library.register_fake(f"{NAMESPACE}::sdpa_quantized", lib=_lib)
+def _sdpa_quantized_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_descale: Tensor,
+    k_descale: Tensor,
+    v_descale: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    out_dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty((batch, tokens, heads, value.shape[-1]), dtype=out_dtype)
+    return out.transpose(1, 2)
+
+
+def _run_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_descale: Tensor,
+    k_descale: Tensor,
+    v_descale: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    out_dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    from lp_inductor.kernels import get_kernel
+
+    out = get_kernel(kernel).run(
+        query, key, value, q_descale, k_descale, v_descale,
+        is_causal=is_causal, scale=scale, out_dtype=out_dtype,
+    )  # fmt: skip
+    return reference.to_bshd_storage(out)
+
+
+for _backend in ("CPU", "CUDA"):
+    _lib.impl("quantize", reference.quantize, _backend)
+    _lib.impl("quantize_centered", reference.quantize_centered, _backend)
+    _lib.impl("sdpa_quantized", _run_kernel, _backend)

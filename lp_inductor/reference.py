@@ -1,0 +1,157 @@
+"""What the operators compute, in plain PyTorch: the specification every kernel is tested against.
+
+On a CPU these functions are also the implementation: the lowerings trace them into the graph and
+Inductor compiles them to C++. FP8 rounding is real (``float8_e4m3fn`` casts, round to nearest
+even); all other arithmetic, the softmax and the probabilities included, is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The largest finite float8_e4m3fn; larger values become NaN in a cast, so clamp before it.
+FP8_MAX = 448.0
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, start: int, width: int
+) -> Tensor:
+    """Apply a rotary embedding to lanes [start, start + width) of each head.
+
+    Args:
+        x: (batch, heads, tokens, head_dim), float32.
+        cos, sin: (batch or 1, tokens, width or width / 2), any float dtype. Half the width means
+            that both lanes of a pair share one entry.
+        interleaved: pairs are lanes (2p, 2p + 1) of the window; otherwise (p, p + width / 2).
+
+    Returns:
+        (batch, heads, tokens, head_dim), float32.
+    """
+    half = width // 2
+    window = x[..., start : start + width]
+    tables = (cos.float().unsqueeze(1), sin.float().unsqueeze(1))
+    if interleaved:
+        a, b = window[..., 0::2], window[..., 1::2]
+        (cos_a, cos_b), (sin_a, sin_b) = (
+            (t, t) if t.shape[-1] == half else (t[..., 0::2], t[..., 1::2]) for t in tables
+        )
+    else:
+        a, b = window[..., :half], window[..., half:]
+        (cos_a, cos_b), (sin_a, sin_b) = (
+            (t, t) if t.shape[-1] == half else (t[..., :half], t[..., half:]) for t in tables
+        )
+    rotated_a, rotated_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    if interleaved:
+        rotated = torch.stack([rotated_a, rotated_b], dim=-1).flatten(-2)
+    else:
+        rotated = torch.cat([rotated_a, rotated_b], dim=-1)
+    if width == x.shape[-1]:
+        return rotated
+    return torch.cat([x[..., :start], rotated, x[..., start + width :]], dim=-1)
+
+
+def quantize(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    rope_start: int,
+    rope_width: int,
+    group_size: int,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    """Rotate (where tables are given), centre over tokens (where asked) and quantise to FP8.
+
+    Args:
+        x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16.
+        cos, sin, interleaved, rope_start, rope_width: see :func:`rotate`; None: no rotation.
+        group_size: heads that share one scale, in groups of neighbours: for a query the query
+            heads per key/value head, for a key 1.
+        center: subtract the mean over tokens of every channel. Attention does not see a constant
+            added to all keys, so for a key this is exact.
+
+    Returns:
+        quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale (batch, heads /
+        group_size), float32.
+    """
+    x = x.float()
+    if cos is not None and sin is not None:
+        x = rotate(x, cos, sin, interleaved, rope_start, rope_width)
+    if center:
+        x = x - x.mean(dim=2, keepdim=True)
+    return _to_fp8(x, group_size)
+
+
+def quantize_centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre a value over tokens and quantise it to FP8.
+
+    Args:
+        x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16.
+
+    Returns:
+        quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale (batch, heads),
+        float32; mean (batch, heads, 1, head_dim), float32, to be added to the attention output.
+    """
+    x = x.float()
+    mean = x.mean(dim=2, keepdim=True)
+    quantized, descale = _to_fp8(x - mean, 1)
+    return quantized, descale, mean
+
+
+def _to_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    amax = x.abs().amax(dim=(2, 3))
+    if group_size != 1:
+        amax = amax.unflatten(1, (-1, group_size)).amax(dim=2)
+    descale = torch.where(amax > 0, amax / FP8_MAX, 1.0)
+    scale = per_head(descale, x.shape[1])
+    quantized = (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return to_bshd_storage(quantized), descale
+
+
+def per_head(descale: Tensor, heads: int) -> Tensor:
+    """(batch, kv_heads) -> (batch, heads, 1, 1), each entry repeated over its group of heads."""
+    group = heads // descale.shape[1]
+    if group != 1:
+        descale = descale.unsqueeze(2).expand(-1, -1, group).flatten(1, 2)
+    return descale[:, :, None, None]
+
+
+def to_bshd_storage(x: Tensor) -> Tensor:
+    """x of (batch, heads, tokens, dim), stored in the order (batch, tokens, heads, dim)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def sdpa_quantized(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_descale: Tensor,
+    k_descale: Tensor,
+    v_descale: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Attention over quantised operands; float32 inside, the probabilities included.
+
+    Args:
+        query: (batch, heads, query_tokens, head_dim), float8_e4m3fn.
+        key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
+        value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
+        q_descale, k_descale, v_descale: (batch, kv_heads), float32.
+        is_causal: key j is visible to query i where j <= i; needs query_tokens == key_tokens.
+        scale: of the scores; None: head_dim ** -0.5.
+
+    Returns:
+        (batch, heads, query_tokens, value_head_dim) in ``out_dtype``.
+    """
+    q = query.float() * per_head(q_descale, query.shape[1])
+    k = key.float() * per_head(k_descale, key.shape[1])
+    v = value.float() * per_head(v_descale, value.shape[1])
+    enable_gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out.to(out_dtype)

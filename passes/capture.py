@@ -1,0 +1,176 @@
+"""Capture: every attention call becomes one opaque ``lp_inductor::sdpa`` node.
+
+Runs on the graph that Dynamo or torch.export hands over, before AOTAutograd::
+
+    out = torch._C._nn.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.125)
+                                        |
+                                        v
+    out = torch.ops.lp_inductor.sdpa.default(q, k, v, m, False, 0.125, False)
+
+AOTAutograd would replace attention by whichever backend the dispatcher picks; the opaque node
+keeps it whole while everything around it becomes functional ATen. A call that no rewrite could
+serve is left alone, with its reason: the compiler then sees exactly the graph it always saw.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lp_inductor.passes.movement import value_of
+from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.passes.site import Site, check_operands, module_of, shape_for_report
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_TARGETS = (
+    torch._C._nn.scaled_dot_product_attention,
+    torch.nn.functional.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default,
+)
+_PARAMETERS: tuple[tuple[str, Any], ...] = (
+    ("query", None),
+    ("key", None),
+    ("value", None),
+    ("attn_mask", None),
+    ("dropout_p", 0.0),
+    ("is_causal", False),
+    ("scale", None),
+    ("enable_gqa", False),
+)
+_CHOOSES_BACKEND = ("_sdpa_kernel", "_sdpa_kernel_variadic")
+
+
+def capture(gm: GraphModule) -> list[Site]:
+    """Replace the attention calls of ``gm`` in place; return the sites that were left alone."""
+    refused: list[Site] = []
+    captured = 0
+    for node, forced in _attention_calls(gm.graph):
+        arguments = _arguments(node)
+        verdict = _check_call(arguments, node, forced)
+        if isinstance(verdict, Miss):
+            refused.append(refused_site(node, arguments, verdict))
+            continue
+        _replace(gm.graph, node, arguments)
+        captured += 1
+    for name, child in gm.named_modules():
+        if name and isinstance(child, GraphModule):
+            for node, _ in _attention_calls(child.graph):
+                miss = Miss(MissCode.SUBGRAPH, f"in {name}")
+                refused.append(refused_site(node, _arguments(node), miss))
+    if captured:
+        gm.recompile()
+    log.debug("captured %d attention calls, left %d alone", captured, len(refused))
+    return refused
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a node is a scaled dot-product attention call, in any of its spellings."""
+    return node.op == "call_function" and node.target in _TARGETS
+
+
+def _attention_calls(graph: Graph) -> Iterator[tuple[Node, bool]]:
+    """Each attention call, and whether an sdpa_kernel context around it restricts its backend."""
+    outside: set[str] | None = None
+    forced = False
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if getattr(node.target, "__name__", "") in _CHOOSES_BACKEND:
+            outside = outside if outside is not None else _enabled_backends()
+            forced = _chosen_backends(node) != outside
+        elif is_attention(node):
+            yield node, forced
+
+
+def _enabled_backends() -> set[str]:
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    return {backend.name for backend in _cur_sdpa_kernel_backends()}
+
+
+def _chosen_backends(node: Node) -> set[str]:
+    """The backends that a traced sdpa_kernel call enables, by name."""
+    flat: list[Any] = []
+    for arg in node.args:
+        flat.extend(arg if isinstance(arg, list | tuple) else [arg])
+    names = set()
+    for arg in flat:
+        if isinstance(arg, Node) and arg.args:  # _backend_from_string("MATH")
+            names.add(str(arg.args[0]))
+        elif isinstance(arg, torch.nn.attention.SDPBackend):
+            names.add(arg.name)
+    return names
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    arguments = dict(_PARAMETERS)
+    arguments.update(zip((name for name, _ in _PARAMETERS), node.args, strict=False))
+    arguments.update(node.kwargs)
+    return arguments
+
+
+def _check_call(arguments: dict[str, Any], node: Node, forced: bool) -> Ok | Miss:
+    """Refuse what can be refused already; what remains must mean ``lp_inductor::sdpa``."""
+    if forced:
+        return Miss(MissCode.BACKEND_FORCED)
+    if not _is_zero(arguments["dropout_p"]):
+        return Miss(MissCode.DROPOUT, lambda: f"dropout_p={arguments['dropout_p']}")
+    if "FLASH_ATTENTION" not in _enabled_backends():
+        return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
+    out = value_of(node)
+    if isinstance(out, torch.Tensor) and out.requires_grad:
+        return Miss(MissCode.NEEDS_GRAD)
+    if not all(isinstance(arguments[name], bool) for name in ("is_causal", "enable_gqa")):
+        return Miss(MissCode.MASK_NOT_PROVED, "is_causal or enable_gqa is not a constant")
+    names = ("query", "key", "value", "attn_mask")
+    operands = {n: _value(arguments[n]) for n in names}
+    if arguments["attn_mask"] is not None and operands["attn_mask"] is None:
+        return Miss(MissCode.MASK_IS_DATA, "the mask's value is unknown")
+    verdict = check_operands(operands)
+    if isinstance(verdict, Ok):
+        _specialize_heads(operands)
+    return verdict
+
+
+def _specialize_heads(operands: dict[str, Any]) -> None:
+    """Guard on heads and head_dim where they are symbolic: kernels are built for one of each."""
+    for name in ("query", "key", "value"):
+        for dim in (1, 3):
+            int(operands[name].shape[dim])
+
+
+def _is_zero(dropout: Any) -> bool:
+    return isinstance(dropout, int | float) and dropout == 0
+
+
+def _value(argument: Any) -> Any:
+    return value_of(argument) if isinstance(argument, Node) else argument
+
+
+def _replace(graph: Graph, node: Node, arguments: dict[str, Any]) -> None:
+    operands = tuple(
+        arguments[name]
+        for name in ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
+    )
+    node.target = torch.ops.lp_inductor.sdpa.default
+    node.args, node.kwargs = operands, {}
+
+
+def refused_site(node: Node, arguments: dict[str, Any], miss: Miss) -> Site:
+    """The record of a call that was not rewritten."""
+    shapes = []
+    for name in ("query", "key", "value"):
+        value = _value(arguments[name])
+        shapes.append(shape_for_report(value) if isinstance(value, torch.Tensor) else ())
+    mask = "data" if arguments["attn_mask"] is not None else "none"
+    if arguments["is_causal"] is True:
+        mask = "causal"
+    return Site(module_of(node), False, None, mask, None, None, miss, *shapes)

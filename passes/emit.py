@@ -1,0 +1,63 @@
+"""Insert nodes into a graph, each with the metadata the rest of the compiler relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_map
+
+from lp_inductor.passes.movement import value_of
+
+_COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom")
+
+
+class Emitter:
+    """Emits nodes in front of ``site``, with fake values and the site's source position."""
+
+    def __init__(self, graph: Graph, site: Node) -> None:
+        self.graph = graph
+        self.site = site
+        value = value_of(site)
+        first = value[0] if isinstance(value, list | tuple) else value
+        self.fake_mode = first.fake_mode
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Insert one call; its fake value follows from its arguments' fake values."""
+        fake_args, fake_kwargs = tree_map(_fake, (args, kwargs))
+        with self.fake_mode:
+            value = target(*fake_args, **fake_kwargs)
+        return self.insert(target, args, kwargs, value)
+
+    def insert(
+        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> Node:
+        """Insert one call whose fake value is known."""
+        with self.graph.inserting_before(self.site):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        for key in _COPIED_META:
+            if key in self.site.meta:
+                node.meta[key] = self.site.meta[key]
+        return node
+
+    def replace_site(self, result: Node) -> None:
+        """Let ``result`` stand for the site and erase the site."""
+        self.site.replace_all_uses_with(result)
+        self.graph.erase_node(self.site)
+
+
+def _fake(arg: Any) -> Any:
+    return value_of(arg) if isinstance(arg, Node) else arg
+
+
+def erase_dead(graph: Graph, roots: list[Node]) -> None:
+    """Erase ``roots`` and their ancestors as far as nothing uses them any more."""
+    pending: set[Node] = set(roots)
+    while pending:
+        node = pending.pop()
+        if node._erased or node.users or node.op == "placeholder" or node.is_impure():
+            continue
+        pending.update(node.all_input_nodes)
+        graph.erase_node(node)

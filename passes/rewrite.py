@@ -1,0 +1,172 @@
+"""Rewrite a matched site: quantise operators and a quantised attention call.
+
+Before (a Llama layer; everything above ``sdpa`` back to the projections is matched)::
+
+    add   = q * cos + rotate_half(q) * sin
+    add_1 = k * cos + rotate_half(k) * sin
+    key   = expand(unsqueeze(add_1, 2), ...).view(...)          # grouped-query copies
+    value = expand(unsqueeze(v, 2), ...).view(...)
+    out   = lp_inductor.sdpa(add, key, value, causal_mask, False, scale, False)
+
+After::
+
+    query, q_descale       = lp_inductor.quantize(q, cos, sin, False, 0, 64, group, False)
+    key, k_descale         = lp_inductor.quantize(k, cos, sin, False, 0, 64, 1, True)
+    value, v_descale, mean = lp_inductor.quantize_centered(v)
+    attention = aten._scaled_dot_product_flash_attention.quantized(
+        query, key, value, q_descale, k_descale, v_descale, 0.0, True, False, scale=scale)[0]
+    out = attention + mean            # in float32, then the original dtype
+
+Where the ATen overload cannot say what is meant (its output is always bfloat16, with the query's
+head_dim), ``lp_inductor.sdpa_quantized`` takes its place.
+
+Limits: the mask is gone from the graph, so only proved full and causal masks come this far.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from lp_inductor.passes.emit import Emitter, erase_dead
+from lp_inductor.passes.match import Operand, SiteMatch
+from lp_inductor.passes.movement import shape_of, value_of
+from lp_inductor.passes.rope import RopeMatch
+from lp_inductor.passes.tables import Table
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+#: Key in ``node.meta`` of a rewritten attention call: the name of the kernel that serves it.
+KERNEL_META = "lp_inductor_kernel"
+
+
+class Rewriter:
+    """Rewrites the sites of one graph, in graph order, so that they may share table views."""
+
+    def __init__(self, graph: Graph, smooth_k: bool, smooth_v: bool) -> None:
+        self._graph = graph
+        self._smooth_k = smooth_k
+        self._smooth_v = smooth_v
+        self._tables: dict[Table, Node] = {}
+
+    def rewrite_site(self, match: SiteMatch, kernel: str) -> None:
+        """Replace the site by quantised attention, and erase what it alone used."""
+        site = match.sdpa.node
+        emitter = Emitter(self._graph, site)
+        former_inputs = list(site.all_input_nodes)
+        query, q_descale = self._quantize(emitter, match.query, match.group_size, center=False)
+        key, k_descale = self._quantize(emitter, match.key, 1, center=self._smooth_k)
+        value, v_descale, mean = self._quantize_value(emitter, match.value)
+        operands = (query, key, value, q_descale, k_descale, v_descale)
+        attention = self._attention(emitter, match, operands, kernel)
+        if mean is not None:
+            attention = _add_mean(emitter, attention, mean, match.group_size)
+        emitter.replace_site(_like(emitter, attention, site))
+        erase_dead(self._graph, former_inputs)
+
+    def _quantize(
+        self, emitter: Emitter, operand: Operand, group_size: int, center: bool
+    ) -> tuple[Node, Node]:
+        source = operand.source.emit(emitter)
+        rope = self._rope_arguments(emitter, operand.rope)
+        both = emitter.call(
+            torch.ops.lp_inductor.quantize.default, source, *rope, group_size, center
+        )
+        return _outputs(emitter, both, 2)  # type: ignore[return-value]
+
+    def _rope_arguments(self, emitter: Emitter, rope: RopeMatch | None) -> tuple[object, ...]:
+        if rope is None:
+            return (None, None, False, 0, 0)
+        tables = []
+        for table in (rope.cos, rope.sin):
+            if table not in self._tables:
+                self._tables[table] = table.emit(emitter)
+            tables.append(self._tables[table])
+        return (*tables, rope.interleaved, rope.start, rope.width)
+
+    def _quantize_value(
+        self, emitter: Emitter, operand: Operand
+    ) -> tuple[Node, Node, Node | None]:
+        if not self._smooth_v:
+            return (*self._quantize(emitter, operand, 1, center=False), None)
+        source = operand.source.emit(emitter)
+        all_three = emitter.call(torch.ops.lp_inductor.quantize_centered.default, source)
+        return _outputs(emitter, all_three, 3)  # type: ignore[return-value]
+
+    def _attention(
+        self, emitter: Emitter, match: SiteMatch, operands: tuple[Node, ...], kernel: str
+    ) -> Node:
+        call = match.attention_call()
+        scale = match.sdpa.scale
+        if call.dtype == torch.bfloat16 and call.head_dim == call.value_head_dim:
+            attention = emitter.call(
+                aten._scaled_dot_product_flash_attention.quantized,
+                *operands,
+                0.0,
+                match.is_causal,
+                False,
+                scale=scale,
+            )
+            attention.meta[KERNEL_META] = kernel
+            return _outputs(emitter, attention, 1)[0]
+        attention = emitter.call(
+            torch.ops.lp_inductor.sdpa_quantized.default,
+            *operands,
+            match.is_causal,
+            scale,
+            call.dtype,
+            kernel,
+        )
+        attention.meta[KERNEL_META] = kernel
+        return attention
+
+
+def _outputs(emitter: Emitter, node: Node, count: int) -> tuple[Node, ...]:
+    values = value_of(node)
+    return tuple(
+        emitter.insert(operator.getitem, (node, n), {}, values[n]) for n in range(count)
+    )
+
+
+def _add_mean(emitter: Emitter, attention: Node, mean: Node, group_size: int) -> Node:
+    """Add V's mean, (batch, kv_heads, 1, dim), to every query head of its group, in float32."""
+    if group_size != 1:
+        _, kv_heads, _, dim = shape_of(mean)
+        mean = emitter.call(aten.expand.default, mean, [-1, -1, group_size, -1])
+        mean = emitter.call(aten.clone.default, mean, memory_format=torch.contiguous_format)
+        mean = emitter.call(aten.view.default, mean, [-1, int(kv_heads) * group_size, 1, int(dim)])
+    wide = emitter.call(prims.convert_element_type.default, attention, torch.float32)
+    return emitter.call(aten.add.Tensor, wide, mean)
+
+
+def _like(emitter: Emitter, node: Node, site: Node) -> Node:
+    """Give ``node`` the dtype and the strides that the site's result had."""
+    wanted = value_of(site)
+    if value_of(node).dtype != wanted.dtype:
+        node = emitter.call(prims.convert_element_type.default, node, wanted.dtype)
+    if _storage_order(value_of(node)) == _storage_order(wanted):
+        return node
+    order = _storage_order(wanted)
+    if order == sorted(order):
+        return emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    inverse = [order.index(dim) for dim in range(len(order))]
+    node = emitter.call(aten.permute.default, node, order)
+    node = emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return emitter.call(aten.permute.default, node, inverse)
+
+
+def _storage_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest in memory; those of size 1 come first."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    order: list[int] = []
+    for dim in range(value.dim()):
+        place = len(order)
+        while place and guard_or_false(value.stride(order[place - 1]) < value.stride(dim)):
+            place -= 1
+        order.insert(place, dim)
+    single = [dim for dim in order if guard_or_false(value.shape[dim] == 1)]
+    return sorted(single) + [dim for dim in order if dim not in single]

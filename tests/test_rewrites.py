@@ -1,0 +1,562 @@
+"""Rewritten graphs, as text and as numbers: torch.compile and torch.export, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from torch import Tensor
+
+import lp_inductor
+from tests import models
+from tests.helpers import compile_fp8, exported_graph, rewritten_graph, sqnr
+from tests.models import Attention
+
+MIN_DB = 24.0
+
+
+def qkv(
+    heads: int = 4,
+    kv_heads: int = 4,
+    query_len: int = 16,
+    key_len: int = 16,
+    dim: int = 64,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """Random query, key and value ~ N(0, 1)."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(2, heads, query_len, dim, dtype=dtype),
+        torch.randn(2, kv_heads, key_len, dim, dtype=dtype),
+        torch.randn(2, kv_heads, key_len, value_dim or dim, dtype=dtype),
+    ]
+
+
+def table_pair(tokens: int, width: int) -> list[Tensor]:
+    """Cos and sin tables (tokens, width) whose halves differ: nothing may assume they do not."""
+    return [t.bfloat16() for t in (torch.rand(tokens, width).cos(), torch.rand(tokens, width).sin())]
+
+
+def gptfast_table(tokens: int, width: int) -> Tensor:
+    """Cos and sin as the last dimension of one table (tokens, width / 2, 2)."""
+    angles = models.angles(tokens, width)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def strides(x: Tensor) -> list[int]:
+    """The strides that mean anything."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
+
+
+#: model, operands, the RoPE and mask the report must name, key/value heads
+REWRITTEN: dict[str, tuple[Any, list[Tensor], str | None, str, int]] = {
+    "llama": (models.llama, qkv(kv_heads=2), "half[0:64]", "causal", 2),
+    "interleaved": (models.interleaved, qkv(), "interleaved[0:64]", "causal", 4),
+    "complex": (models.complex_rope, qkv(), "interleaved[0:64]", "none", 4),
+    "partial": (models.partial, qkv(), "half[0:16]", "causal", 4),
+    "no_rope": (models.no_rope, qkv(), None, "none", 4),
+    "cross": (models.cross, qkv(query_len=8, key_len=24), None, "none", 4),
+    "one_head": (models.one_head_broadcast, qkv(kv_heads=1), None, "causal", 1),
+    "gqa_flag": (models.gqa_flag, qkv(kv_heads=2), None, "causal", 2),
+    "input_tables": (models.input_tables, qkv() + table_pair(16, 64), "half[0:64]", "causal", 4),
+    "batch_tables": (
+        models.batch_tables,
+        [*qkv(), torch.randint(0, 90, (2, 16))],
+        "half[0:64]",
+        "causal",
+        4,
+    ),
+    "gptfast": (models.gptfast_tables, [*qkv(), gptfast_table(16, 64)], "interleaved[0:64]", "causal", 4),
+    "inverse": (models.inverse_rope, qkv(), "half[0:64]", "causal", 4),
+    "normed": (models.normed_rope, qkv(), "half[0:64]", "causal", 4),
+    "float32": (models.llama, qkv(kv_heads=2, dtype=torch.float32), "half[0:64]", "causal", 2),
+    "float16": (models.no_rope, qkv(dtype=torch.float16), None, "none", 4),
+    "value_dim": (models.gqa_flag, qkv(kv_heads=2, value_dim=32), None, "causal", 2),
+    "one_batch_one_head": (
+        models.llama,
+        [t[:1, :1] for t in qkv()],
+        "half[0:64]",
+        "causal",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_report_names_what_was_found(name: str) -> None:
+    model, operands, rope, mask, kv_heads = REWRITTEN[name]
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(model, *operands).sites
+    assert (site.fused, site.rope, site.mask, site.miss) == (True, rope, mask, None)
+    assert site.key_shape[1] == kv_heads
+    assert site.kernel == "reference"
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_close_to_float64(name: str) -> None:
+    model, operands, *_ = REWRITTEN[name]
+    doubles = [t.double() if t.is_floating_point() else t for t in operands]
+    # Tables that come from outside keep the precision the model was given.
+    with torch.no_grad():
+        reference = model(*doubles)
+        result = compile_fp8(model, fullgraph=True)(*operands)
+        stock = model(*operands)
+    assert result.dtype == stock.dtype
+    assert strides(result) == strides(stock)
+    assert sqnr(reference, result) >= MIN_DB
+    # FP8 must really have happened: no bf16 or wider attention is this far off.
+    assert sqnr(reference, result) < 40
+
+
+class TestGraphs(expecttest.TestCase):
+    """The graph that the rest of Inductor sees. EXPECTTEST_ACCEPT=1 updates the texts."""
+
+    maxDiff = None
+
+    def check(self, name: str) -> tuple[str, str]:
+        """The graph through torch.compile and through torch.export."""
+        model, operands, *_ = REWRITTEN[name]
+        module = Attention(model)
+        return rewritten_graph(module, *operands), exported_graph(module, *operands)
+
+    def test_llama(self) -> None:
+        compiled, exported = self.check("llama")
+        self.assertExpectedInline(compiled, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 2, 16, 64]
+arg2_1: bf16[2, 2, 16, 64]
+iota = iota(32, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 64)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+unsqueeze_2 = unsqueeze(mul_2, 1)
+expand = expand(unsqueeze_2, [16, 2, 32])
+clone = clone(expand, memory_format=torch.contiguous_format)
+view = view(clone, [16, 64])
+unsqueeze_3 = unsqueeze(view, 0)
+cos = cos(unsqueeze_3)
+convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
+sin = sin(unsqueeze_3)
+convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
+slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
+select_int = select.int(slice_tensor, 0, 0)
+unsqueeze_default = unsqueeze(select_int, 0)
+slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
+select_int_1 = select.int(slice_tensor_1, 0, 0)
+unsqueeze_default_1 = unsqueeze(select_int_1, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
+getitem_4 = quantize_default[0]
+getitem_5 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
+getitem_6 = quantize_default_1[0]
+getitem_7 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_8 = quantize_centered_default[0]
+getitem_9 = quantize_centered_default[1]
+getitem_10 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem_4, getitem_6, getitem_8, getitem_5, getitem_7, getitem_9, 0.0, True, False, scale=0.125)
+getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
+expand_default = expand(getitem_10, [-1, -1, 2, -1])
+clone_default = clone(expand_default, memory_format=torch.contiguous_format)
+view_default = view(clone_default, [-1, 4, 1, 64])
+convert_element_type_default = convert_element_type(getitem_11, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, view_default)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default_1 = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default_1, [0, 1, 2, 3])
+return permute_default_1""")
+        self.assertExpectedInline(exported, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 2, 16, 64]
+arg2_1: bf16[2, 2, 16, 64]
+iota = iota(32, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 64)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+unsqueeze_2 = unsqueeze(mul_2, 1)
+expand = expand(unsqueeze_2, [16, 2, 32])
+clone = clone(expand, memory_format=torch.contiguous_format)
+view = view(clone, [16, 64])
+unsqueeze_3 = unsqueeze(view, 0)
+cos = cos(unsqueeze_3)
+_assert_tensor_metadata = _assert_tensor_metadata(cos, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
+sin = sin(unsqueeze_3)
+_assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
+slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
+select_int = select.int(slice_tensor, 0, 0)
+unsqueeze_default = unsqueeze(select_int, 0)
+slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
+select_int_1 = select.int(slice_tensor_1, 0, 0)
+unsqueeze_default_1 = unsqueeze(select_int_1, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
+getitem_4 = quantize_default[0]
+getitem_5 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
+getitem_6 = quantize_default_1[0]
+getitem_7 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_8 = quantize_centered_default[0]
+getitem_9 = quantize_centered_default[1]
+getitem_10 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem_4, getitem_6, getitem_8, getitem_5, getitem_7, getitem_9, 0.0, True, False, scale=0.125)
+getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
+expand_default = expand(getitem_10, [-1, -1, 2, -1])
+clone_default = clone(expand_default, memory_format=torch.contiguous_format)
+view_default = view(clone_default, [-1, 4, 1, 64])
+convert_element_type_default = convert_element_type(getitem_11, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, view_default)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default_1 = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default_1, [0, 1, 2, 3])
+return permute_default_1""")
+
+    def test_interleaved(self) -> None:
+        compiled, exported = self.check("interleaved")
+        self.assertExpectedInline(compiled, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+iota = iota(32, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 64)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+cos = cos(mul_2)
+sin = sin(mul_2)
+cos_1 = cos(mul_2)
+sin_1 = sin(mul_2)
+unsqueeze_default = unsqueeze(cos, 0)
+unsqueeze_default_1 = unsqueeze(sin, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, True, 0, 64, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+unsqueeze_default_2 = unsqueeze(cos_1, 0)
+unsqueeze_default_3 = unsqueeze(sin_1, 0)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_2, unsqueeze_default_3, True, 0, 64, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, True, False, scale=None)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+        self.assertExpectedInline(exported, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+iota = iota(32, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 64)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+_assert_tensor_metadata = _assert_tensor_metadata(arg0_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
+convert_element_type_2 = convert_element_type(arg0_1, torch.float32)
+slice_1 = slice.Tensor(convert_element_type_2, 3, 0, 9223372036854775807, 2)
+_assert_tensor_metadata_1 = _assert_tensor_metadata(arg0_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
+convert_element_type_3 = convert_element_type(arg0_1, torch.float32)
+slice_2 = slice.Tensor(convert_element_type_3, 3, 1, 9223372036854775807, 2)
+cos = cos(mul_2)
+unsqueeze_2 = unsqueeze(cos, 0)
+unsqueeze_3 = unsqueeze(unsqueeze_2, 1)
+sin = sin(mul_2)
+unsqueeze_4 = unsqueeze(sin, 0)
+unsqueeze_5 = unsqueeze(unsqueeze_4, 1)
+mul_3 = mul.Tensor(slice_1, unsqueeze_3)
+mul_4 = mul.Tensor(slice_2, unsqueeze_5)
+sub = sub.Tensor(mul_3, mul_4)
+mul_5 = mul.Tensor(slice_2, unsqueeze_3)
+mul_6 = mul.Tensor(slice_1, unsqueeze_5)
+add_2 = add.Tensor(mul_5, mul_6)
+unsqueeze_6 = unsqueeze(sub, 4)
+unsqueeze_7 = unsqueeze(add_2, 4)
+cat = cat([unsqueeze_6, unsqueeze_7], -1)
+view = view(cat, [2, 4, 16, 64])
+_assert_tensor_metadata_2 = _assert_tensor_metadata(view, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_4 = convert_element_type(view, torch.bfloat16)
+_assert_tensor_metadata_3 = _assert_tensor_metadata(arg1_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
+convert_element_type_5 = convert_element_type(arg1_1, torch.float32)
+slice_3 = slice.Tensor(convert_element_type_5, 3, 0, 9223372036854775807, 2)
+_assert_tensor_metadata_4 = _assert_tensor_metadata(arg1_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
+convert_element_type_6 = convert_element_type(arg1_1, torch.float32)
+slice_4 = slice.Tensor(convert_element_type_6, 3, 1, 9223372036854775807, 2)
+cos_1 = cos(mul_2)
+unsqueeze_8 = unsqueeze(cos_1, 0)
+unsqueeze_9 = unsqueeze(unsqueeze_8, 1)
+sin_1 = sin(mul_2)
+unsqueeze_10 = unsqueeze(sin_1, 0)
+unsqueeze_11 = unsqueeze(unsqueeze_10, 1)
+mul_7 = mul.Tensor(slice_3, unsqueeze_9)
+mul_8 = mul.Tensor(slice_4, unsqueeze_11)
+sub_1 = sub.Tensor(mul_7, mul_8)
+mul_9 = mul.Tensor(slice_4, unsqueeze_9)
+mul_10 = mul.Tensor(slice_3, unsqueeze_11)
+add_3 = add.Tensor(mul_9, mul_10)
+unsqueeze_12 = unsqueeze(sub_1, 4)
+unsqueeze_13 = unsqueeze(add_3, 4)
+cat_1 = cat([unsqueeze_12, unsqueeze_13], -1)
+view_1 = view(cat_1, [2, 4, 16, 64])
+_assert_tensor_metadata_5 = _assert_tensor_metadata(view_1, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_7 = convert_element_type(view_1, torch.bfloat16)
+_scaled_dot_product_flash_attention_for_cpu_default = _scaled_dot_product_flash_attention_for_cpu(convert_element_type_4, convert_element_type_7, arg2_1, 0.0, True)
+getitem = _scaled_dot_product_flash_attention_for_cpu_default[0]
+return getitem""")
+
+    def test_partial(self) -> None:
+        compiled, exported = self.check("partial")
+        self.assertExpectedInline(compiled, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+iota = iota(8, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 16)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+unsqueeze_2 = unsqueeze(mul_2, 1)
+expand = expand(unsqueeze_2, [16, 2, 8])
+clone = clone(expand, memory_format=torch.contiguous_format)
+view = view(clone, [16, 16])
+unsqueeze_3 = unsqueeze(view, 0)
+cos = cos(unsqueeze_3)
+convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
+sin = sin(unsqueeze_3)
+convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
+slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
+select_int = select.int(slice_tensor, 0, 0)
+unsqueeze_default = unsqueeze(select_int, 0)
+slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
+select_int_1 = select.int(slice_tensor_1, 0, 0)
+unsqueeze_default_1 = unsqueeze(select_int_1, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
+getitem_4 = quantize_default[0]
+getitem_5 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
+getitem_6 = quantize_default_1[0]
+getitem_7 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_8 = quantize_centered_default[0]
+getitem_9 = quantize_centered_default[1]
+getitem_10 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem_4, getitem_6, getitem_8, getitem_5, getitem_7, getitem_9, 0.0, True, False, scale=None)
+getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_11, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_10)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+        self.assertExpectedInline(exported, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+iota = iota(8, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul = mul.Tensor(iota, 2)
+add = add.Tensor(mul, 0)
+convert_element_type = convert_element_type(add, torch.float32)
+neg = neg(convert_element_type)
+div = div.Tensor(neg, 16)
+pow_1 = pow.Scalar(10000.0, div)
+iota_1 = iota(16, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
+mul_1 = mul.Tensor(iota_1, 1)
+add_1 = add.Tensor(mul_1, 0)
+convert_element_type_1 = convert_element_type(add_1, torch.float32)
+unsqueeze = unsqueeze(convert_element_type_1, 1)
+unsqueeze_1 = unsqueeze(pow_1, 0)
+mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
+unsqueeze_2 = unsqueeze(mul_2, 1)
+expand = expand(unsqueeze_2, [16, 2, 8])
+clone = clone(expand, memory_format=torch.contiguous_format)
+view = view(clone, [16, 16])
+unsqueeze_3 = unsqueeze(view, 0)
+cos = cos(unsqueeze_3)
+_assert_tensor_metadata = _assert_tensor_metadata(cos, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
+sin = sin(unsqueeze_3)
+_assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
+convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
+slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
+select_int = select.int(slice_tensor, 0, 0)
+unsqueeze_default = unsqueeze(select_int, 0)
+slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
+select_int_1 = select.int(slice_tensor_1, 0, 0)
+unsqueeze_default_1 = unsqueeze(select_int_1, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
+getitem_4 = quantize_default[0]
+getitem_5 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
+getitem_6 = quantize_default_1[0]
+getitem_7 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_8 = quantize_centered_default[0]
+getitem_9 = quantize_centered_default[1]
+getitem_10 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem_4, getitem_6, getitem_8, getitem_5, getitem_7, getitem_9, 0.0, True, False, scale=None)
+getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_11, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_10)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+
+    def test_no_rope(self) -> None:
+        compiled, exported = self.check("no_rope")
+        self.assertExpectedInline(compiled, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+quantize_default = lp_inductor.quantize(arg0_1, None, None, False, 0, 0, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, None, None, False, 0, 0, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, False, False, scale=None)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+        self.assertExpectedInline(exported, """\
+arg0_1: bf16[2, 4, 16, 64]
+arg1_1: bf16[2, 4, 16, 64]
+arg2_1: bf16[2, 4, 16, 64]
+quantize_default = lp_inductor.quantize(arg0_1, None, None, False, 0, 0, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, None, None, False, 0, 0, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, False, False, scale=None)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+
+    def test_cross(self) -> None:
+        compiled, exported = self.check("cross")
+        self.assertExpectedInline(compiled, """\
+arg0_1: bf16[2, 4, 8, 64]
+arg1_1: bf16[2, 4, 24, 64]
+arg2_1: bf16[2, 4, 24, 64]
+quantize_default = lp_inductor.quantize(arg0_1, None, None, False, 0, 0, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, None, None, False, 0, 0, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, False, False, scale=0.1)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
+        self.assertExpectedInline(exported, """\
+arg0_1: bf16[2, 4, 8, 64]
+arg1_1: bf16[2, 4, 24, 64]
+arg2_1: bf16[2, 4, 24, 64]
+quantize_default = lp_inductor.quantize(arg0_1, None, None, False, 0, 0, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+quantize_default_1 = lp_inductor.quantize(arg1_1, None, None, False, 0, 0, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, False, False, scale=0.1)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
+clone_default = clone(permute_default, memory_format=torch.contiguous_format)
+permute_default_1 = permute(clone_default, [0, 1, 2, 3])
+return permute_default_1""")
