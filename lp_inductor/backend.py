@@ -71,18 +71,22 @@ class LoweringPass(CustomGraphPass):  # type: ignore[misc]
         return cache_key(self._config)
 
 
-@functools.cache
-def _source_hash() -> str:
-    """The sources of the whole package, passes and lowerings included."""
+def source_files() -> list[Path]:
+    """Every module of the package, passes and lowerings included."""
     import lp_inductor.lowerings
     import lp_inductor.passes
 
+    rooms = (lp_inductor, lp_inductor.passes, lp_inductor.lowerings)
+    folders = sorted({Path(folder) for room in rooms for folder in room.__path__})
+    return sorted({path for folder in folders for path in folder.rglob("*.py")})
+
+
+@functools.cache
+def _source_hash() -> str:
     digest = hashlib.sha256()
-    folders = [f for m in (lp_inductor, lp_inductor.passes, lp_inductor.lowerings) for f in m.__path__]
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*.py")):
-            digest.update(str(path.relative_to(folder)).encode())
-            digest.update(path.read_bytes())
+    for path in source_files():
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -90,7 +94,7 @@ def cache_key(config: Fp8Config) -> str:
     """Everything that a compiled graph depends on and Inductor does not know of.
 
     sha256 over the package's sources, the configuration, each kernel's name, version and
-    availability, the versions of torch and triton, and the GPU.
+    availability, the versions of torch and triton, the GPU, and the enabled SDPA backends.
     """
     parts = [
         _source_hash(),
@@ -99,6 +103,9 @@ def cache_key(config: Fp8Config) -> str:
         torch.__version__,
         _compat.triton_version(),
         _compat.device_identity(),
+        # A site that stays stock traces to a backend that is enabled now; Inductor's keys do
+        # not say which are.
+        *sorted(capture_module.enabled_backends()),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

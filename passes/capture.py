@@ -84,13 +84,14 @@ def _attention_calls(graph: Graph) -> Iterator[tuple[Node, bool]]:
         if node.op != "call_function":
             continue
         if getattr(node.target, "__name__", "") in _CHOOSES_BACKEND:
-            outside = outside if outside is not None else _enabled_backends()
+            outside = outside if outside is not None else enabled_backends()
             forced = _chosen_backends(node) != outside
         elif is_attention(node):
             yield node, forced
 
 
-def _enabled_backends() -> set[str]:
+def enabled_backends() -> set[str]:
+    """The attention backends that the dispatcher may choose from now, by name."""
     from torch.nn.attention import _cur_sdpa_kernel_backends
 
     return {backend.name for backend in _cur_sdpa_kernel_backends()}
@@ -123,7 +124,7 @@ def _check_call(arguments: dict[str, Any], node: Node, forced: bool) -> Ok | Mis
         return Miss(MissCode.BACKEND_FORCED)
     if not _is_zero(arguments["dropout_p"]):
         return Miss(MissCode.DROPOUT, lambda: f"dropout_p={arguments['dropout_p']}")
-    if "FLASH_ATTENTION" not in _enabled_backends():
+    if "FLASH_ATTENTION" not in enabled_backends():
         return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
     out = value_of(node)
     if isinstance(out, torch.Tensor) and out.requires_grad:

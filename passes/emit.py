@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
+from lp_inductor.passes.indexing import to_expr
 from lp_inductor.passes.movement import value_of
 
+aten = torch.ops.aten
+
+_METADATA_ONLY = (aten.sym_size.int, aten._assert_tensor_metadata.default)
 _COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom")
 
 
@@ -53,11 +58,34 @@ def _fake(arg: Any) -> Any:
 
 
 def erase_dead(graph: Graph, roots: list[Node]) -> None:
-    """Erase ``roots`` and their ancestors as far as nothing uses them any more."""
+    """Erase ``roots`` and their ancestors as far as nothing needs their values any more."""
     pending: set[Node] = set(roots)
     while pending:
         node = pending.pop()
-        if node._erased or node.users or node.op == "placeholder" or node.is_impure():
+        if node._erased or node.op == "placeholder" or node.is_impure():
             continue
-        pending.update(node.all_input_nodes)
-        graph.erase_node(node)
+        if all(asks_metadata_only(user) for user in node.users):
+            _detach_metadata(graph, node)
+        if not node.users:
+            pending.update(node.all_input_nodes)
+            graph.erase_node(node)
+
+
+def asks_metadata_only(user: Node) -> bool:
+    """Whether a node asks for the size, dtype or device of its input, not for its values."""
+    return user.op == "call_function" and user.target in _METADATA_ONLY
+
+
+def _detach_metadata(graph: Graph, node: Node) -> None:
+    """Drop assertions about ``node``, and let an input with the same size answer for its size."""
+    for user in list(node.users):
+        if user.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(user)
+            continue
+        size = value_of(user)
+        for source in node.all_input_nodes:
+            shape = getattr(value_of(source), "shape", ())
+            dims = [d for d, s in enumerate(shape) if to_expr(s) == to_expr(size)]
+            if dims:
+                user.args = (source, dims[0])
+                break

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, cast
 import sympy
 import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import FloorDiv
 
 from lp_inductor.passes import mask_ops as ops
 from lp_inductor.passes.indexing import BATCH, HEAD, KEY, QUERY, at_zero
@@ -178,11 +179,11 @@ def _candidates(value: Value) -> tuple[list[sympy.Expr | None], list[sympy.Expr 
     axes = (BATCH, HEAD, QUERY, KEY)
     for test in _tests(value):
         slope = test.coeff(KEY) or -test.coeff(QUERY)
-        if slope not in (1, -1):
+        if not slope.is_Integer or slope == 0:
             continue
-        constant = test.subs(dict.fromkeys(axes, 0))
-        # slope * (j - i) + constant >= 0, and its complement
-        new = (-constant, -constant - 1) if slope == 1 else (constant + 1, constant)
+        constant = FloorDiv(test.subs(dict.fromkeys(axes, 0)), abs(slope))
+        # j - i + constant >= 0, or i - j + constant >= 0, and its complement
+        new = (-constant, -constant - 1) if slope > 0 else (constant + 1, constant)
         for bounds, bound in zip((lowers, uppers), new, strict=True):
             if bound not in bounds and len(bounds) <= _MAX_CANDIDATES:
                 bounds.append(bound)

