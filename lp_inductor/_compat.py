@@ -12,7 +12,7 @@ from torch.fx import Graph
 GraphPass = Callable[[Graph], None]
 
 
-class PassChain(CustomGraphPass):  # type: ignore[misc]
+class PassChain(CustomGraphPass):
     """Runs graph passes one after another.
 
     torch 2.13 takes a list of custom passes per hook; torch 2.11 takes one.
@@ -32,11 +32,11 @@ class PassChain(CustomGraphPass):  # type: ignore[misc]
         return None if None in uuids else tuple(uuids)
 
 
-def chain_passes(ours: GraphPass, hook: object) -> GraphPass:
-    """Our pass, followed by those a user has set for the same hook."""
+def chain_passes(ours: GraphPass, hook: Any) -> GraphPass:
+    """Our pass, followed by the pass, or list of passes, a user has set for the same hook."""
     if hook is None:
         return ours
-    theirs = list(hook) if isinstance(hook, list | tuple) else [hook]
+    theirs: list[GraphPass] = list(hook) if isinstance(hook, list | tuple) else [hook]
     return PassChain([ours, *theirs])
 
 

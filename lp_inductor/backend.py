@@ -38,7 +38,7 @@ class MissError(RuntimeError):
     """A site was not rewritten, and the configuration says ``on_miss="raise"``."""
 
 
-class AttentionPass(CustomGraphPass):  # type: ignore[misc]
+class AttentionPass(CustomGraphPass):
     """Match, prove, decide, rewrite or expand: ``joint_custom_pre_pass``."""
 
     def __init__(self, config: Fp8Config, sink: SiteSink) -> None:
@@ -56,7 +56,7 @@ class AttentionPass(CustomGraphPass):  # type: ignore[misc]
         return cache_key(self._config)
 
 
-class LoweringPass(CustomGraphPass):  # type: ignore[misc]
+class LoweringPass(CustomGraphPass):
     """Lower what the attention pass wrote: ``post_grad_custom_pre_pass``."""
 
     def __init__(self, config: Fp8Config) -> None:

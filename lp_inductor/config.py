@@ -72,12 +72,7 @@ class Fp8Config:
             _require_type(name, value, str, "a string")
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: {_expected(value, choices)}")
-        if self.min_seq_len is not None:
-            is_count = isinstance(self.min_seq_len, int) and not isinstance(self.min_seq_len, bool)
-            if not is_count or self.min_seq_len < 0:
-                raise ConfigError(
-                    f"min_seq_len={self.min_seq_len!r}: expected None or an int >= 0 (tokens)"
-                )
+        _check_count("min_seq_len", self.min_seq_len)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> tuple[Fp8Config, dict[str, Any]]:
@@ -139,6 +134,12 @@ def _as_patterns(skip: object) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"skip={skip!r}: every pattern must be a string")
     return patterns
+
+
+def _check_count(name: str, value: object) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value is not None and not is_count:
+        raise ConfigError(f"{name}={value!r}: expected None or an int >= 0 (tokens)")
 
 
 def _require_type(name: str, value: object, expected: type, wording: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-
-import torch
 
 from lp_inductor.config import Fp8Config
 from lp_inductor.kernels import choose_kernel, get_kernel
@@ -13,8 +12,6 @@ from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.site import AttentionCall
 
 log = logging.getLogger("lp_inductor")
-
-_told_about_reference = False
 
 
 class Decider:
@@ -34,7 +31,7 @@ class Decider:
         if isinstance(pays, Miss):
             return pays
         if kernel.name == "reference" and self._config.kernel == "auto":
-            _tell_about_reference(call.device)
+            _tell_about_reference(call.device.type)
         return Decision(kernel.name, get_kernel(kernel.name).granularity)
 
     def _check_length(self, call: AttentionCall, measured: int) -> Ok | Miss:
@@ -46,13 +43,11 @@ class Decider:
         return Miss(MissCode.SHORT_SEQUENCE, f"{call.key_len} key tokens, min_seq_len={bound}")
 
 
-def _tell_about_reference(device: torch.device) -> None:
+@functools.cache
+def _tell_about_reference(device_type: str) -> None:
     """Say once that a CPU gets FP8's numerics, not its speed."""
-    global _told_about_reference
-    if not _told_about_reference:
-        _told_about_reference = True
-        log.warning(
-            "%s has no FP8 units: attention runs through the reference kernel, with the rewrites "
-            "and the numerics of FP8 but not its speed",
-            device.type,
-        )
+    log.warning(
+        "%s has no FP8 units: attention runs through the reference kernel, with the rewrites "
+        "and the numerics of FP8 but not its speed",
+        device_type,
+    )

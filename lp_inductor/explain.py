@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,7 @@ class _Explainer:
         from torch._functorch import config as functorch_config
         from torch._inductor.compile_fx import compile_fx
 
-        original = GraphModule(gm, _copy_graph(gm))
+        original = GraphModule(gm, copy.deepcopy(gm.graph))
         self.graphs += 1
         self.sites += capture(gm)
         with functorch_config.patch(enable_autograd_cache=False):
@@ -134,15 +135,6 @@ class _Explainer:
                 config_patches=self._backend.patches(self.sites.extend),
             )
         return original.forward
-
-
-def _copy_graph(gm: GraphModule) -> torch.fx.Graph:
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert output is not None
-    result, node = output
-    graph.output(result).meta.update(node.meta)
-    return graph
 
 
 def _no_code(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

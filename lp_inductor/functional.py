@@ -65,7 +65,8 @@ def scaled_dot_product_attention_fp8(
     )
     if mean is None:
         return out
-    return (out.float() + mean.repeat_interleave(group, dim=1)).to(query.dtype)
+    out = out.float() + mean.repeat_interleave(group, dim=1)
+    return out.to(query.dtype)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> None:
@@ -85,5 +86,3 @@ def _check(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gq
         raise ValueError(f"{query.shape[1]} query heads over {key.shape[1]} key/value heads")
     if is_causal and query.shape[2] != key.shape[2]:
         raise ValueError("is_causal needs as many query tokens as key tokens")
-
-

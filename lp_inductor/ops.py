@@ -17,6 +17,8 @@ Descales are float32 of shape (batch, kv_heads): ``x ~ quantised * descale``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,10 +78,11 @@ def _sdpa_autograd(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return stock_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     with torch._C._AutoDispatchBelowAutograd():
-        return sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        out: Tensor = sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return out
 
 
-def _sdpa_autocast(device: str) -> object:
+def _sdpa_autocast(device: str) -> Callable[..., Tensor]:
     """Autocast runs attention in its lower precision; so must the op that stands for it."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -89,7 +92,11 @@ def _sdpa_autocast(device: str) -> object:
             and tensor.device.type == device
             and tensor.dtype != torch.float64
         )
-        return tensor.to(torch.get_autocast_dtype(device)) if tensor is not None and eligible else tensor
+        return (
+            tensor.to(torch.get_autocast_dtype(device))
+            if tensor is not None and eligible
+            else tensor
+        )
 
     def autocast(
         query: Tensor,
@@ -105,7 +112,8 @@ def _sdpa_autocast(device: str) -> object:
             torch._C.DispatchKey.AutocastCUDA
         )
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return sdpa(q, k, v, mask, is_causal, scale, enable_gqa)
+            out: Tensor = sdpa(q, k, v, mask, is_causal, scale, enable_gqa)
+        return out
 
     return autocast
 
@@ -114,7 +122,6 @@ for _backend in ("CPU", "CUDA"):
     _lib.impl("sdpa", stock_sdpa, _backend)
     _lib.impl("sdpa", _sdpa_autocast(_backend.lower()), f"Autocast{_backend}")
 _lib.impl("sdpa", _sdpa_autograd, "Autograd")
-torch.library.register_fake(f"{NAMESPACE}::sdpa", stock_sdpa, lib=_lib)
 
 
 def empty_bshd(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +130,6 @@ def empty_bshd(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::quantize", lib=_lib)
 def _quantize_fake(
     x: Tensor,
     cos: Tensor | None,
@@ -138,7 +144,6 @@ def _quantize_fake(
     return empty_bshd(x, FP8), descale
 
 
-@torch.library.register_fake(f"{NAMESPACE}::quantize_centered", lib=_lib)
 def _quantize_centered_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, dim = x.shape
     descale = x.new_empty((batch, heads), dtype=torch.float32)
@@ -146,7 +151,6 @@ def _quantize_centered_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return empty_bshd(x, FP8), descale, mean
 
 
-@torch.library.register_fake(f"{NAMESPACE}::sdpa_quantized", lib=_lib)
 def _sdpa_quantized_fake(
     query: Tensor,
     key: Tensor,
@@ -189,3 +193,11 @@ for _backend in ("CPU", "CUDA"):
     _lib.impl("quantize", reference.quantize, _backend)
     _lib.impl("quantize_centered", reference.quantize_centered, _backend)
     _lib.impl("sdpa_quantized", _run_kernel, _backend)
+
+for _name, _fake in (
+    ("sdpa", stock_sdpa),
+    ("quantize", _quantize_fake),
+    ("quantize_centered", _quantize_centered_fake),
+    ("sdpa_quantized", _sdpa_quantized_fake),
+):
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)

@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lp_inductor.passes.movement import value_of
-from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.passes.result import Miss, MissCode, Ok
 from lp_inductor.passes.site import Site, check_operands, module_of, shape_for_report
 
 log = logging.getLogger(__name__)

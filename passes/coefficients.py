@@ -47,7 +47,7 @@ class CoefficientKeys:
         return self._known[memo]
 
     def _keys(self, element: Element, count: int, bounds: Bounds) -> tuple[Hashable, ...]:
-        node, index = element
+        node, index = element.node, element.index
         if (step := pull(element, bounds)) is not None:
             return self(step, count, bounds)
         if (source := cast_source(node)) is not None:
@@ -66,9 +66,7 @@ class CoefficientKeys:
         number = self._values(node)
         return tuple((number, *entries) for entries in _lane_entries(element, count))
 
-    def _joined(
-        self, element: Element, count: int, bounds: Bounds
-    ) -> tuple[Hashable, ...] | None:
+    def _joined(self, element: Element, count: int, bounds: Bounds) -> tuple[Hashable, ...] | None:
         joined = join_pieces(element.node)
         if joined is None:
             return None
@@ -85,7 +83,9 @@ class CoefficientKeys:
                 source = piece_index(element.node, pick_lanes(index, keep), dim, offset)
                 if source is None:
                     return None
-                for n, key in zip(keep, self(Element(tensor, source), len(keep), bounds), strict=True):
+                for n, key in zip(
+                    keep, self(Element(tensor, source), len(keep), bounds), strict=True
+                ):
                     keys[n] = key
             offset += extent
         return tuple(keys)

@@ -100,7 +100,7 @@ class LaneTracker:
 
     def _sum(self, element: Element, term: Term) -> list[Term]:
         """The terms that ``element`` adds; ``term`` has its positions, sign and trail so far."""
-        node, index = element
+        node, index = element.node, element.index
         self.visited.add(node)
         below = replace(term, factors=((*term.factors[0], element),))
         if element.node is self._stop:
@@ -109,9 +109,9 @@ class LaneTracker:
             return self._sum(step, below)
         if (pieces := self._joined(element, below)) is not None:
             return [t for piece, part in pieces for t in self._sum(piece, part)]
+        if (sign := unit_scale(node)) is not None:
+            return self._sum(Element(_tensor(node, 0), index), _signed(below, sign))
         if node.op == "call_function":
-            if node.target is aten.neg.default:
-                return self._sum(Element(_tensor(node, 0), index), _negated(below))
             if node.target in (aten.add.Tensor, aten.sub.Tensor):
                 return self._add(element, below)
             if node.target is aten.mul.Tensor:
@@ -124,7 +124,7 @@ class LaneTracker:
             return [below]
         left, right = operands
         subtract = element.node.target is aten.sub.Tensor
-        other = _negated(below) if subtract else below
+        other = _signed(below, -1) if subtract else below
         return [*self._sum(left, below), *self._sum(right, other)]
 
     def _multiply(self, element: Element, below: Term) -> list[Term]:
@@ -173,8 +173,9 @@ class LaneTracker:
             return self._product(step, below)
         if (pieces := self._joined(element, below)) is not None:
             return [t for piece, part in pieces for t in self._product(piece, part)]
-        if element.node.op == "call_function" and element.node.target is aten.neg.default:
-            return self._product(Element(_tensor(element.node, 0), element.index), _negated(below))
+        if (sign := unit_scale(element.node)) is not None:
+            source = Element(_tensor(element.node, 0), element.index)
+            return self._product(source, _signed(below, sign))
         return [below]
 
     def _transparent(self, element: Element) -> Element | None:
@@ -209,7 +210,7 @@ class LaneTracker:
 
     def _operands(self, element: Element) -> tuple[Element, Element] | None:
         """Both tensor operands of a broadcasting operator at the element it computes."""
-        node, index = element
+        node, index = element.node, element.index
         is_complex = value_of(node).is_complex()
         plain, part = (index[:-1], index[-1:]) if is_complex else (index, ())
         operands: list[Element] = []
@@ -233,12 +234,23 @@ def _tensor(node: Node, position: int) -> Node:
     return operand
 
 
-def _negated(term: Term) -> Term:
-    return replace(term, sign=-term.sign)
+def _signed(term: Term, sign: int) -> Term:
+    return replace(term, sign=term.sign * sign)
+
+
+def unit_scale(node: Node) -> int | None:
+    """1 or -1 where a node is its input times that number; None for another node."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.neg.default:
+        return -1
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] in (1, -1):
+        return int(node.args[1])  # type: ignore[arg-type]
+    return None
 
 
 def _trail_at(trail: Trail, keep: Sequence[int]) -> Trail:
-    return tuple(Element(node, pick_lanes(index, keep)) for node, index in trail)
+    return tuple(Element(e.node, pick_lanes(e.index, keep)) for e in trail)
 
 
 def _products(left: Sequence[Term], right: Sequence[Term]) -> list[Term]:

@@ -125,7 +125,7 @@ def _miss(mask: Node, reason: str) -> Miss:
     source = _data_source(mask)
     if source is None:
         return Miss(MissCode.MASK_NOT_PROVED, reason)
-    return Miss(MissCode.MASK_IS_DATA, f"{source.name} ({source.op})")
+    return Miss(MissCode.MASK_IS_DATA, f"{source.op} {source.name}")
 
 
 def _data_source(mask: Node) -> Node | None:
@@ -273,16 +273,15 @@ def _as_dtype(region: Region, value: Value, dtype: torch.dtype) -> Value:
     return lift(region, ops.nonzero, [value]) if dtype == torch.bool else value
 
 
-def _iota(elements: _Elements, node: Node, index: Index, region: Region) -> Value:
-    start, step = argument(node, 1, "start"), argument(node, 2, "step")
+def _progression(elements: _Elements, node: Node, index: Index, region: Region) -> Value:
+    """iota, arange(end), arange(start, end) or arange(start, end, step)."""
+    start: Any = 0
+    step: Any = 1
+    if node.target is prims.iota.default:
+        start, step = node.kwargs["start"], node.kwargs["step"]
+    elif node.target is not aten.arange.default:
+        start, step = argument(node, 0, "start"), argument(node, 2, "step", 1)
     return Leaf(sympy.expand(ops.scalar(start) + ops.scalar(step) * index[0]))
-
-
-def _arange(elements: _Elements, node: Node, index: Index, region: Region) -> Value:
-    """arange(end), arange(start, end) or arange(start, end, step)."""
-    start = ops.scalar(node.args[0] if len(node.args) > 1 else 0)
-    step = ops.scalar(node.args[2] if len(node.args) > 2 else 1)
-    return Leaf(sympy.expand(start + step * index[0]))
 
 
 def _triangle(elements: _Elements, node: Node, index: Index, region: Region) -> Value:
@@ -383,8 +382,8 @@ _FILLS: dict[Any, Callable[[Node], Any]] = {
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(ops.POINTWISE, _pointwise),
     **dict.fromkeys(_FILLS, _fill),
-    prims.iota.default: _iota,
-    **{getattr(aten.arange, name): _arange for name in ("default", "start", "start_step")},
+    prims.iota.default: _progression,
+    **{getattr(aten.arange, name): _progression for name in ("default", "start", "start_step")},
     prims.convert_element_type.default: _convert,
     aten._to_copy.default: _convert,
     aten.tril.default: _triangle,

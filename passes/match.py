@@ -17,7 +17,7 @@ from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
 from lp_inductor.passes.mask import MaskForm, MaskProver
 from lp_inductor.passes.placement import Axes, Placement, match_placement
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
-from lp_inductor.passes.rope import NoRope, RopeMatch, RopeMatcher
+from lp_inductor.passes.rope import RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
 from lp_inductor.passes.values import ValueNumbers
 
@@ -201,9 +201,7 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
         return Miss(MissCode.ROPE_ONE_SIDED, f"only the {which} is rotated")
     windows = [(r.interleaved, r.start, r.width) for r in (query, key)]
     if windows[0] != windows[1]:
-        return Miss(
-            MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}"
-        )
+        return Miss(MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}")
     if query.keys != key.keys:
         return Miss(MissCode.ROPE_TABLES_DIFFER, lambda: _table_names(query, key))
     for name, rope in (("query", query), ("key", key)):
@@ -224,5 +222,3 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
 def _table_names(query: RopeMatch, key: RopeMatch) -> str:
     tables = (query.cos, query.sin, key.cos, key.sin)
     return "query reads {} and {}, key reads {} and {}".format(*(t.node for t in tables))
-
-

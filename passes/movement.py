@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -30,7 +31,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-class Element(NamedTuple):
+@dataclass(frozen=True)
+class Element:
     """Element ``index`` of ``node``."""
 
     node: Node
@@ -65,7 +67,7 @@ def pull(element: Element, bounds: Bounds) -> Element | None:
     An element of a complex tensor has one entry more than the tensor has dimensions: 0 for the
     real part, 1 for the imaginary part, as in ``torch.view_as_real``.
     """
-    node, index = element
+    node, index = element.node, element.index
     rule = _RULES.get(node.target) if node.op == "call_function" else None
     if rule is None:
         return None

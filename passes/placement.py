@@ -77,7 +77,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Placement:
-    """An operand as ``lane_count`` lanes from ``first_lane`` of ``node``, laid out as ``layout``."""
+    """An operand: ``lane_count`` lanes from ``first_lane`` of ``node``, laid out as ``layout``."""
 
     node: Node
     layout: Layout
@@ -114,11 +114,11 @@ def emit_axes(
     for dim, position in sorted(fixed, reverse=True):
         node = emitter.call(aten.select.int, node, dim, position)
     dropped = [dim for dim, _ in fixed]
-    kept = [dim - sum(d < dim for d in dropped) for dim in axes if dim is not None]
+    kept = [axis - sum(d < axis for d in dropped) for axis in axes if axis is not None]
     if kept != sorted(kept):
         node = emitter.call(aten.permute.default, node, kept)
-    for position, dim in enumerate(axes):
-        if dim is None:
+    for position, axis in enumerate(axes):
+        if axis is None:
             node = emitter.call(aten.unsqueeze.default, node, position)
     return node
 

@@ -87,9 +87,7 @@ class Rewriter:
             tables.append(self._tables[table])
         return (*tables, rope.interleaved, rope.start, rope.width)
 
-    def _quantize_value(
-        self, emitter: Emitter, operand: Operand
-    ) -> tuple[Node, Node, Node | None]:
+    def _quantize_value(self, emitter: Emitter, operand: Operand) -> tuple[Node, Node, Node | None]:
         if not self._smooth_v:
             return (*self._quantize(emitter, operand, 1, center=False), None)
         source = operand.source.emit(emitter)
@@ -126,9 +124,7 @@ class Rewriter:
 
 def _outputs(emitter: Emitter, node: Node, count: int) -> tuple[Node, ...]:
     values = value_of(node)
-    return tuple(
-        emitter.insert(operator.getitem, (node, n), {}, values[n]) for n in range(count)
-    )
+    return tuple(emitter.insert(operator.getitem, (node, n), {}, values[n]) for n in range(count))
 
 
 def _add_mean(emitter: Emitter, attention: Node, mean: Node, group_size: int) -> Node:

@@ -116,9 +116,7 @@ class RopeMatcher:
         if isinstance(tables, Miss):
             return tables
         region = _region(operand, anchor.node, tracker.visited)
-        return RopeMatch(
-            source, pairing.interleaved, pairing.start, pairing.width, *tables, region
-        )
+        return RopeMatch(source, pairing.interleaved, pairing.start, pairing.width, *tables, region)
 
     def _match_tables(
         self, lanes: list[list[_Lane]], pairing: _Pairing, axes: Axes
@@ -276,7 +274,7 @@ def _region(operand: Node, anchor: Node, visited: set[Node]) -> frozenset[Node]:
 
     def depends(node: Node) -> bool:
         if node not in inside:
-            inside[node] = node in visited and any([depends(n) for n in node.all_input_nodes])
+            inside[node] = node in visited and any(depends(n) for n in node.all_input_nodes)
         return inside[node]
 
     depends(operand)

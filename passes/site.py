@@ -83,7 +83,7 @@ def module_of(node: Node) -> str:
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path, _ = list(stack.values())[-1]
+    path = str(list(stack.values())[-1][0])
     for prefix in ("L['self']", "L['fn']", "L['model']", "L__self__", "self"):
         path = path.removeprefix(prefix)
     return path.lstrip("._").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")

@@ -62,9 +62,7 @@ class Table:
         node = self.node
         if value_of(node).is_complex():
             node = emitter.call(aten.view_as_real.default, node)
-        node = emit_axes(
-            emitter, node, self.axes, self.fixed, self.first, self.count, self.step
-        )
+        node = emit_axes(emitter, node, self.axes, self.fixed, self.first, self.count, self.step)
         return emitter.call(aten.neg.default, node) if self.negate else node
 
 

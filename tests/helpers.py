@@ -15,7 +15,9 @@ import lp_inductor
 from lp_inductor.backend import Fp8Backend
 from lp_inductor.config import Fp8Config
 from lp_inductor.export import run_exported
+from lp_inductor.lowerings.attention import lower_graph
 from lp_inductor.passes.capture import capture
+from lp_inductor.passes.site import Site
 
 
 def sqnr(reference: Tensor, result: Tensor) -> float:
@@ -31,9 +33,7 @@ def compile_stock(model: Callable[..., Any], **kwargs: Any) -> Callable[..., Any
     return torch.compile(model, **kwargs)
 
 
-def compile_fp8(
-    model: Callable[..., Any], config: Any = None, **kwargs: Any
-) -> Callable[..., Any]:
+def compile_fp8(model: Callable[..., Any], config: Any = None, **kwargs: Any) -> Callable[..., Any]:
     """compile_with_fp8_fusion, from a clean slate."""
     torch._dynamo.reset()
     return lp_inductor.compile_with_fp8_fusion(model, config, **kwargs)
@@ -123,3 +123,31 @@ def _type(value: Any) -> str:
     short = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16", torch.bool: "b1"}
     kind = short.get(value.dtype, str(value.dtype).removeprefix("torch."))
     return f"{kind}[{', '.join(str(size) for size in value.shape)}]"
+
+
+def interpret_fp8(
+    model: Callable[..., Any], *args: Any, config: Fp8Config | None = None
+) -> tuple[Any, list[Site]]:
+    """Run every pass and lowering, then the resulting graph in eager: no code is generated.
+
+    Much faster than a compile, so many random models can be checked this way.
+    """
+    sites: list[Site] = []
+
+    def inner_compile(gm: GraphModule, example_inputs: Any, *_: Any, **__: Any) -> Any:
+        lower_graph(gm.graph)
+        gm.recompile()
+        return gm.forward
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        from torch._functorch import config as functorch_config
+        from torch._inductor.compile_fx import compile_fx
+
+        sites.extend(capture(gm))
+        patches = Fp8Backend(config or Fp8Config()).patches(sites.extend)
+        with functorch_config.patch(enable_autograd_cache=False):
+            return compile_fx(gm, example_inputs, inner_compile, patches)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(model, backend=backend, fullgraph=True)(*args), sites

@@ -67,7 +67,7 @@ def odd_pairing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     def swap(x: Tensor) -> Tensor:
         lanes = list(x.unbind(-1))
-        return torch.stack([-y for y in lanes[:half - 1:-1]] + lanes[half - 1::-1], dim=-1)
+        return torch.stack([-y for y in lanes[: half - 1 : -1]] + lanes[half - 1 :: -1], dim=-1)
 
     q, k = (x * cos + swap(x) * sin for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -123,8 +123,6 @@ def test_kernels_and_enabled_backends_change_the_key() -> None:
 
 
 def test_sources_of_all_rooms_are_hashed() -> None:
-    import lp_inductor.lowerings
-    import lp_inductor.passes
 
     names = {path.name for path in backend.source_files()}
     assert {"backend.py", "rope.py", "attention.py", "reference.py"} <= names

@@ -58,7 +58,12 @@ def test_no_field_hides_an_inductor_option() -> None:
 def test_equal_hashable_and_canonical() -> None:
     a, b = Fp8Config(skip=["x.*"]), Fp8Config(skip=("x.*",))  # type: ignore[arg-type]
     assert a == b and hash(a) == hash(b) and a.canonical() == b.canonical()
-    for field, value in [("smooth_k", False), ("min_seq_len", 5), ("skip", ("y",)), ("force", True)]:
+    for field, value in [
+        ("smooth_k", False),
+        ("min_seq_len", 5),
+        ("skip", ("y",)),
+        ("force", True),
+    ]:
         other = Fp8Config(**{field: value})
         assert other != Fp8Config() and other.canonical() != Fp8Config().canonical()
     with pytest.raises(AttributeError):

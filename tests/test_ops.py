@@ -55,7 +55,11 @@ def test_opcheck_quantize(dtype: torch.dtype, interleaved: bool, width: int) -> 
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
 def test_opcheck_sdpa_quantized(out_dtype: torch.dtype) -> None:
-    (q, qd), (k, kd), (v, vd) = quantized(heads(), 2), quantized(heads(2)), quantized(heads(2, dim=8))
+    (q, qd), (k, kd), (v, vd) = (
+        quantized(heads(), 2),
+        quantized(heads(2)),
+        quantized(heads(2, dim=8)),
+    )
     rest = (qd, kd, vd, True, None, out_dtype, "reference")
     others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.sdpa_quantized, (q, k, v, *rest), test_utils=others)
@@ -83,7 +87,10 @@ def test_rotation_is_complex_multiplication(
         a, b = pairs[..., 0::2], pairs[..., 1::2]
     else:
         a, b = pairs.chunk(2, dim=-1)
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[:, None]
+    turned = (
+        torch.complex(a, b)
+        * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[:, None]
+    )
     parts = (turned.real, turned.imag)
     rotated = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
     expected = torch.cat([x[..., :start], rotated, x[..., start + width :]], dim=-1)
@@ -129,7 +136,11 @@ def test_not_a_number_stays_visible() -> None:
 def test_eager_attention_is_close_to_float64(
     dtype: torch.dtype, is_causal: bool, kv_heads: int
 ) -> None:
-    q, k, v = heads(4, 64, 64, dtype), heads(kv_heads, 64, 64, dtype), heads(kv_heads, 64, 32, dtype)
+    q, k, v = (
+        heads(4, 64, 64, dtype),
+        heads(kv_heads, 64, 64, dtype),
+        heads(kv_heads, 64, 32, dtype),
+    )
     options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": True, "scale": 0.1}
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
     result = lp_inductor.scaled_dot_product_attention_fp8(q, k, v, **options)

@@ -38,7 +38,9 @@ def qkv(
 
 def table_pair(tokens: int, width: int) -> list[Tensor]:
     """Cos and sin tables (tokens, width) whose halves differ: nothing may assume they do not."""
-    return [t.bfloat16() for t in (torch.rand(tokens, width).cos(), torch.rand(tokens, width).sin())]
+    return [
+        t.bfloat16() for t in (torch.rand(tokens, width).cos(), torch.rand(tokens, width).sin())
+    ]
 
 
 def gptfast_table(tokens: int, width: int) -> Tensor:
@@ -70,7 +72,13 @@ REWRITTEN: dict[str, tuple[Any, list[Tensor], str | None, str, int]] = {
         "causal",
         4,
     ),
-    "gptfast": (models.gptfast_tables, [*qkv(), gptfast_table(16, 64)], "interleaved[0:64]", "causal", 4),
+    "gptfast": (
+        models.gptfast_tables,
+        [*qkv(), gptfast_table(16, 64)],
+        "interleaved[0:64]",
+        "causal",
+        4,
+    ),
     "inverse": (models.inverse_rope, qkv(), "half[0:64]", "causal", 4),
     "normed": (models.normed_rope, qkv(), "half[0:64]", "causal", 4),
     "float32": (models.llama, qkv(kv_heads=2, dtype=torch.float32), "half[0:64]", "causal", 2),
@@ -115,7 +123,9 @@ def test_close_to_float64(name: str) -> None:
 def our_operators(graph: str) -> list[str]:
     """What of a graph is ours, without node names: the RoPE and attention arguments."""
     lines = [line.partition(" = ")[2] for line in graph.splitlines()]
-    ours = [line for line in lines if line.startswith(("lp_inductor.", "_scaled_dot_product_flash"))]
+    ours = [
+        line for line in lines if line.startswith(("lp_inductor.", "_scaled_dot_product_flash"))
+    ]
     return [re.sub(r"[a-z_]+[a-z]\w*_\d+|getitem|arg\d_1", "_", line) for line in ours]
 
 
@@ -156,7 +166,9 @@ class TestGraphs(expecttest.TestCase):
 
     def test_llama(self) -> None:
         compiled, exported = self.check("llama")
-        self.assertExpectedInline(compiled, """\
+        self.assertExpectedInline(
+            compiled,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 2, 16, 64]
 arg2_1: bf16[2, 2, 16, 64]
@@ -204,8 +216,11 @@ convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, view_default)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default_1 = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default_1""")
-        self.assertExpectedInline(exported, """\
+return clone_default_1""",
+        )
+        self.assertExpectedInline(
+            exported,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 2, 16, 64]
 arg2_1: bf16[2, 2, 16, 64]
@@ -255,11 +270,14 @@ convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, view_default)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default_1 = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default_1""")
+return clone_default_1""",
+        )
 
     def test_interleaved(self) -> None:
         compiled, exported = self.check("interleaved")
-        self.assertExpectedInline(compiled, """\
+        self.assertExpectedInline(
+            compiled,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -301,8 +319,11 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
-        self.assertExpectedInline(exported, """\
+return clone_default""",
+        )
+        self.assertExpectedInline(
+            exported,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -348,11 +369,14 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
+return clone_default""",
+        )
 
     def test_partial(self) -> None:
         compiled, exported = self.check("partial")
-        self.assertExpectedInline(compiled, """\
+        self.assertExpectedInline(
+            compiled,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -397,8 +421,11 @@ convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_10)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
-        self.assertExpectedInline(exported, """\
+return clone_default""",
+        )
+        self.assertExpectedInline(
+            exported,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -445,11 +472,14 @@ convert_element_type_default = convert_element_type(getitem_11, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_10)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
+return clone_default""",
+        )
 
     def test_no_rope(self) -> None:
         compiled, exported = self.check("no_rope")
-        self.assertExpectedInline(compiled, """\
+        self.assertExpectedInline(
+            compiled,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -469,8 +499,11 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
-        self.assertExpectedInline(exported, """\
+return clone_default""",
+        )
+        self.assertExpectedInline(
+            exported,
+            """\
 arg0_1: bf16[2, 4, 16, 64]
 arg1_1: bf16[2, 4, 16, 64]
 arg2_1: bf16[2, 4, 16, 64]
@@ -490,11 +523,14 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
+return clone_default""",
+        )
 
     def test_cross(self) -> None:
         compiled, exported = self.check("cross")
-        self.assertExpectedInline(compiled, """\
+        self.assertExpectedInline(
+            compiled,
+            """\
 arg0_1: bf16[2, 4, 8, 64]
 arg1_1: bf16[2, 4, 24, 64]
 arg2_1: bf16[2, 4, 24, 64]
@@ -514,8 +550,11 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
-        self.assertExpectedInline(exported, """\
+return clone_default""",
+        )
+        self.assertExpectedInline(
+            exported,
+            """\
 arg0_1: bf16[2, 4, 8, 64]
 arg1_1: bf16[2, 4, 24, 64]
 arg2_1: bf16[2, 4, 24, 64]
@@ -535,4 +574,5 @@ convert_element_type_default = convert_element_type(getitem_7, torch.float32)
 add_tensor = add.Tensor(convert_element_type_default, getitem_6)
 convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16)
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
-return clone_default""")
+return clone_default""",
+        )

@@ -40,11 +40,17 @@ class ActivatedKernel(Kernel):
     def supports(self, call: AttentionCall) -> Ok | Miss:
         """The output is bfloat16, and query, key and value share one head_dim."""
         if call.dtype != torch.bfloat16:
-            return Miss(MissCode.KERNEL_UNSUPPORTED, f"the ATen overload returns bfloat16, not {call.dtype}")
+            return Miss(
+                MissCode.KERNEL_UNSUPPORTED, f"the ATen overload returns bfloat16, not {call.dtype}"
+            )
         if call.value_head_dim != call.head_dim:
-            return Miss(MissCode.HEAD_DIM, f"value head_dim {call.value_head_dim} != {call.head_dim}")
+            return Miss(
+                MissCode.HEAD_DIM, f"value head_dim {call.value_head_dim} != {call.head_dim}"
+            )
         if call.head_dim % _HEAD_DIM_MULTIPLE or call.head_dim > _HEAD_DIM_MAX:
-            return Miss(MissCode.HEAD_DIM, f"head_dim {call.head_dim} is not a multiple of 16 up to 256")
+            return Miss(
+                MissCode.HEAD_DIM, f"head_dim {call.head_dim} is not a multiple of 16 up to 256"
+            )
         return OK
 
     def run(
