@@ -2,7 +2,7 @@
 
 A command is an entry of :data:`COMMANDS`: a name, a line of help, a function that adds its
 arguments and one that runs it and returns the exit status. Commands import what they need when
-they run, so that ``--help`` is instant and ``doctor`` works where the demo's packages are missing.
+they run, so that ``doctor`` and ``--help`` work where the demo's packages are missing.
 """
 
 from __future__ import annotations

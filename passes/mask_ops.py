@@ -175,7 +175,7 @@ class Region:
                 size = bounds.get(factor)
                 if size is not None and size.is_Integer:
                     coefficient *= max(int(size) - 1, 0)
-                elif factor.is_Symbol and factor.is_nonnegative:
+                elif factor.is_Symbol and (factor.is_nonnegative or factor in bounds.values()):
                     coefficient *= _SIZE_LIMIT
                 else:
                     return None

@@ -172,15 +172,12 @@ def test_module_runs_as_a_program() -> None:
     assert done.stdout.startswith("lp_inductor ")
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys; import lp_inductor.cli; lp_inductor.cli.build_parser(); "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('transformers' in sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
+def test_the_command_line_does_not_need_the_packages_of_the_demo() -> None:
+    code = (
+        "import sys; from lp_inductor import cli; cli.build_parser(); "
+        "sys.exit('transformers' in sys.modules)"
     )
-    assert done.stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_every_package_is_listed_for_installation() -> None:

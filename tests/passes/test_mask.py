@@ -69,11 +69,17 @@ def example(sizes: Sizes) -> tuple[Tensor, Tensor]:
     return torch.zeros(*sizes[:3], 1), torch.zeros(*sizes[:2], sizes.keys, 1)
 
 
-def trace(build: Build, sizes: Sizes, *inputs: Tensor, dynamic: bool = False) -> Traced:
-    """The functional graph of ``build`` with Inductor's decompositions."""
+def trace(
+    build: Build,
+    sizes: Sizes,
+    *inputs: Tensor,
+    dynamic: bool = False,
+    decompositions: dict[Any, Any] | None = None,
+) -> Traced:
+    """The functional graph of ``build``, with Inductor's decompositions unless others are given."""
     traced = make_fx(
         torch.func.functionalize(with_sizes(build)),
-        decomposition_table=select_decomp_table(),
+        decomposition_table=select_decomp_table() if decompositions is None else decompositions,
         tracing_mode="symbolic" if dynamic else "fake",
     )(*example(sizes), *inputs)
     return read_graph(traced.graph)
@@ -204,7 +210,7 @@ BANDS: dict[str, tuple[Build, MaskForm]] = {
     "window, tril and triu": (lambda s: ones(s).tril().triu(-2), band(-2, 0)),
     "both sides": (lambda s: distance(s).abs() <= 2, band(-2, 2)),
     "minimum": (lambda s: torch.minimum(distance(s), tokens(1)) >= 0, CAUSAL),
-    "clamped out of the way": (lambda s: tokens(s.keys) <= rows(s).clamp(min=0), CAUSAL),
+    "clamped out of the way": (lambda s: tokens(s.keys) <= rows(s).clamp_min(0), CAUSAL),
     "scaled": (lambda s: 2 * columns(s) <= 2 * rows(s) + 1, CAUSAL),
     "every second": (lambda s: tokens(2 * s.keys)[::2] <= 2 * rows(s), CAUSAL),
     "backwards": (
@@ -226,6 +232,12 @@ def test_band(name: str, sizes: Sizes, dynamic: bool) -> None:
     assert prove(traced) == form
     drawn = draw(form, sizes, symbol_values(traced, sizes))
     assert torch.equal(build(sizes).expand(sizes), drawn)
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_band_without_decompositions(name: str) -> None:
+    build, form = BANDS[name]
+    assert prove(trace(build, WIDE, decompositions={})) == form
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
