@@ -274,7 +274,9 @@ def _region(operand: Node, anchor: Node, visited: set[Node]) -> frozenset[Node]:
 
     def depends(node: Node) -> bool:
         if node not in inside:
-            inside[node] = node in visited and any(depends(n) for n in node.all_input_nodes)
+            # Every input is asked, not only the first that depends: each may be on a path.
+            answers = [depends(n) for n in node.all_input_nodes] if node in visited else []
+            inside[node] = True in answers
         return inside[node]
 
     depends(operand)

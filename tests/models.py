@@ -26,16 +26,19 @@ class Attention(nn.Module):
         return self.function(*args)
 
 
-def angles(tokens: int | Tensor, width: int, base: float = 10000.0) -> Tensor:
+def angles(
+    tokens: int, width: int, base: float = 10000.0, device: torch.device | None = None
+) -> Tensor:
     """Rotary angles (tokens, width / 2), float32."""
-    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return torch.arange(tokens, dtype=torch.float32)[:, None] * frequencies[None, :]
+    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    positions = torch.arange(tokens, dtype=torch.float32, device=device)
+    return positions[:, None] * frequencies[None, :]
 
 
-def half_tables(tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def half_tables(tokens: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cos and sin of (1, tokens, width), both halves equal, as Llama makes them."""
-    both = torch.cat([angles(tokens, width)] * 2, dim=-1)[None]
-    return both.cos().to(dtype), both.sin().to(dtype)
+    both = torch.cat([angles(tokens, width, device=like.device)] * 2, dim=-1)[None]
+    return both.cos().to(like.dtype), both.sin().to(like.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -49,9 +52,9 @@ def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
-def causal_mask(tokens: int) -> Tensor:
+def causal_mask(tokens: int, device: torch.device | None = None) -> Tensor:
     """A materialised causal mask (1, 1, tokens, tokens), from positions."""
-    positions = torch.arange(tokens)
+    positions = torch.arange(tokens, device=device)
     return (positions[None, :] <= positions[:, None])[None, None]
 
 
@@ -64,11 +67,13 @@ def repeat_kv(x: Tensor, groups: int) -> Tensor:
 
 def llama(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Half-split RoPE, grouped-query copies, materialised causal mask."""
-    cos, sin = half_tables(q.shape[2], q.shape[3], q.dtype)
+    cos, sin = half_tables(q.shape[2], q.shape[3], q)
     q, k = rope_half(q, cos, sin), rope_half(k, cos, sin)
     groups = q.shape[1] // k.shape[1]
     k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q.shape[2]), scale=0.125)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_mask(q.shape[2], q.device), scale=0.125
+    )
 
 
 def rope_interleaved(x: Tensor, table: Tensor) -> Tensor:
@@ -80,14 +85,14 @@ def rope_interleaved(x: Tensor, table: Tensor) -> Tensor:
 
 def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Interleaved RoPE in float32, causal flag."""
-    table = angles(q.shape[2], q.shape[3])
+    table = angles(q.shape[2], q.shape[3], device=q.device)
     q, k = rope_interleaved(q, table), rope_interleaved(k, table)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def complex_rope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Llama's original spelling: pairs as complex numbers times a complex table."""
-    table = angles(q.shape[2], q.shape[3])
+    table = angles(q.shape[2], q.shape[3], device=q.device)
     rotation = torch.polar(torch.ones_like(table), table)[None, None]
 
     def rotate(x: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def complex_rope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def partial(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """GPT-NeoX: only the first quarter of the lanes is rotated."""
     width = q.shape[3] // 4
-    cos, sin = half_tables(q.shape[2], width, q.dtype)
+    cos, sin = half_tables(q.shape[2], width, q)
 
     def rotate(x: Tensor) -> Tensor:
         return torch.cat([rope_half(x[..., :width], cos, sin), x[..., width:]], dim=-1)
@@ -140,7 +145,9 @@ def input_tables(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
 
 def batch_tables(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Tables that vary over batch and tokens, from position ids (batch, tokens)."""
-    frequencies = 10000.0 ** (-torch.arange(0, q.shape[3], 2, dtype=torch.float32) / q.shape[3])
+    frequencies = 10000.0 ** (
+        -torch.arange(0, q.shape[3], 2, dtype=torch.float32, device=q.device) / q.shape[3]
+    )
     table = positions[..., None].float() * frequencies
     both = torch.cat([table, table], dim=-1)
     cos, sin = both.cos().to(q.dtype), both.sin().to(q.dtype)
@@ -170,13 +177,13 @@ def gptfast_tables(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
 
 def inverse_rope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The opposite turn: x * cos - rotate_half(x) * sin."""
-    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q.dtype))
+    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q))
     q, k = (x * cos - rotate_half(x) * sin for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def normed_rope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Qwen3: RMS norm of query and key before the rotation."""
-    cos, sin = half_tables(q.shape[2], q.shape[3], q.dtype)
+    cos, sin = half_tables(q.shape[2], q.shape[3], q)
     q, k = (rope_half(F.rms_norm(x, (x.shape[-1],)), cos, sin) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

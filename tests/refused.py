@@ -12,22 +12,22 @@ from tests.models import angles, causal_mask, half_tables, rope_half, rotate_hal
 def key_table_differs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The key is rotated with another base than the query."""
     tokens, width = q.shape[2], q.shape[3]
-    other = torch.cat([angles(tokens, width, base=500.0)] * 2, dim=-1)[None]
-    q = rope_half(q, *half_tables(tokens, width, q.dtype))
+    other = torch.cat([angles(tokens, width, 500.0, q.device)] * 2, dim=-1)[None]
+    q = rope_half(q, *half_tables(tokens, width, q))
     k = rope_half(k, other.cos().to(k.dtype), other.sin().to(k.dtype))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def key_positions_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The key is rotated as if it stood one token later."""
-    cos, sin = half_tables(q.shape[2] + 1, q.shape[3], q.dtype)
+    cos, sin = half_tables(q.shape[2] + 1, q.shape[3], q)
     q, k = rope_half(q, cos[:, :-1], sin[:, :-1]), rope_half(k, cos[:, 1:], sin[:, 1:])
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def per_head_table(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The table varies over heads; with as many tokens as heads its shape tells nothing."""
-    cos, sin = half_tables(q.shape[1], q.shape[3], q.dtype)
+    cos, sin = half_tables(q.shape[1], q.shape[3], q)
     cos, sin = cos[:, :, None], sin[:, :, None]  # (1, heads, 1, head_dim)
     q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -36,7 +36,7 @@ def per_head_table(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def halves_differ(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The two lanes of a pair are turned by different angles."""
     tokens, width = q.shape[2], q.shape[3]
-    table = torch.cat([angles(tokens, width), angles(tokens, width, base=77.0)], dim=-1)[None]
+    table = torch.cat([angles(tokens, width, b, q.device) for b in (1e4, 77.0)], dim=-1)[None]
     cos, sin = table.cos().to(q.dtype), table.sin().to(q.dtype)
     q, k = rope_half(q, cos, sin), rope_half(k, cos, sin)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -44,13 +44,13 @@ def halves_differ(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def only_query_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The key is not rotated."""
-    q = rope_half(q, *half_tables(q.shape[2], q.shape[3], q.dtype))
+    q = rope_half(q, *half_tables(q.shape[2], q.shape[3], q))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def wrong_sign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Both sin terms are added: a reflection, not a rotation."""
-    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q.dtype))
+    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q))
 
     def swap(x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
@@ -62,7 +62,7 @@ def wrong_sign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def odd_pairing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Lane d is paired with lane D - 1 - d."""
-    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q.dtype))
+    cos, sin = (t.unsqueeze(1) for t in half_tables(q.shape[2], q.shape[3], q))
     half = q.shape[3] // 2
 
     def swap(x: Tensor) -> Tensor:
@@ -75,34 +75,34 @@ def odd_pairing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def rotated_key_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The model returns the rotated key beside the attention."""
-    cos, sin = half_tables(q.shape[2], q.shape[3], q.dtype)
+    cos, sin = half_tables(q.shape[2], q.shape[3], q)
     q, k = rope_half(q, cos, sin), rope_half(k, cos, sin)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True), k
 
 
 def padding_mask(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """Causal and padding: (batch, tokens), True where a key counts."""
-    mask = causal_mask(q.shape[2]) & keep[:, None, None, :]
+    mask = causal_mask(q.shape[2], q.device) & keep[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def causal_but_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A causal mask in which query 0 also sees key 3."""
-    mask = causal_mask(q.shape[2])
+    mask = causal_mask(q.shape[2], q.device)
     mask[:, :, 0, 3] = True
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def causal_but_one_by_index(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same, as an expression over positions."""
-    at = torch.arange(q.shape[2])
+    at = torch.arange(q.shape[2], device=q.device)
     mask = (at[None, :] <= at[:, None]) | ((at[None, :] == 3) & (at[:, None] == 0))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None])
 
 
 def sliding_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A window of four keys."""
-    at = torch.arange(q.shape[2])
+    at = torch.arange(q.shape[2], device=q.device)
     distance = at[:, None] - at[None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 4))
 

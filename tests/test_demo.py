@@ -299,7 +299,6 @@ def test_a_package_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @needs_model
 def test_the_real_demo_rewrites_every_site_and_keeps_the_perplexity() -> None:
     # One window and a short continuation show the same as the whole demo, in a third of the time.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lp_inductor
 from lp_inductor import Fp8Config, MissCode
@@ -109,11 +110,12 @@ def every_page(with_snippets: bool = False) -> Any:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to write to; kernels that a page registers go when the page ends."""
+    """A folder to write to; what a page registers or switches goes when the page ends."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     before = lp_inductor.registered_kernels()
-    yield
+    with torch.set_grad_enabled(True):
+        yield
     for kernel in lp_inductor.registered_kernels():
         if kernel not in before:
             lp_inductor.unregister_kernel(kernel.name)

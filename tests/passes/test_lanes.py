@@ -66,13 +66,13 @@ def complex_rotation(x: Tensor) -> Tensor:
 def partly(x: Tensor) -> Tensor:
     """Lanes 4 to 12 rotated, the others normalised and shifted."""
     y = x * torch.arange(1.0, 17.0) + 3.0
-    cos, sin = half_tables(x.shape[2], 8, x.dtype)
+    cos, sin = half_tables(x.shape[2], 8, x)
     return torch.cat([y[..., :4], rope_half(y[..., 4:12], cos, sin), y[..., 12:]], dim=-1)
 
 
 def grouped(x: Tensor) -> Tensor:
     """Rotated, then copied for query groups."""
-    cos, sin = half_tables(x.shape[2], x.shape[3], x.dtype)
+    cos, sin = half_tables(x.shape[2], x.shape[3], x)
     return models.repeat_kv(rope_half(x, cos, sin)[:, :2], 2)
 
 
@@ -82,7 +82,7 @@ def subtracted(x: Tensor) -> Tensor:
 
 
 MODELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "half": lambda x: rope_half(x, *half_tables(x.shape[2], x.shape[3], x.dtype)),
+    "half": lambda x: rope_half(x, *half_tables(x.shape[2], x.shape[3], x)),
     "interleaved": lambda x: rope_interleaved(x, angles(x.shape[2], x.shape[3])),
     "complex": complex_rotation,
     "partly": partly,
