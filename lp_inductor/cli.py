@@ -103,9 +103,9 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows",
         type=_positive,
-        default=4,
+        default=5,
         metavar="N",
-        help="measure perplexity on N windows of 1024 tokens (default: 4)",
+        help="measure perplexity on N windows of 1024 tokens (default: 5, all of the text)",
     )
     parser.add_argument(
         "--tokens",

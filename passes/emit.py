@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
@@ -46,6 +47,17 @@ class Emitter:
             if key in self.site.meta:
                 node.meta[key] = self.site.meta[key]
         return node
+
+    def fresh(self, value: torch.Tensor) -> torch.Tensor:
+        """A fake tensor like ``value``, with storage of its own.
+
+        Made directly: running an operator again for its fake result costs several times as much.
+        """
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="meta"
+            )
+        return FakeTensor(self.fake_mode, meta, value.device)
 
     def replace_site(self, result: Node) -> None:
         """Let ``result`` stand for the site and erase the site."""

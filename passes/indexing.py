@@ -13,6 +13,7 @@ stay symbolic: the proofs hold for every size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -72,22 +73,24 @@ def at_zero(axis: sympy.Symbol, size: sympy.Expr) -> sympy.Expr:
 
 def floor_div(expr: sympy.Expr, divisor: sympy.Expr, bounds: Bounds) -> sympy.Expr:
     """``expr // divisor``, using that each axis symbol is below its bound."""
-    quotient, remainder = _split(expr, divisor, bounds)
+    quotient, remainder = _split(expr, divisor, frozenset(bounds.items()))
     return quotient if remainder is None else quotient + FloorDiv(remainder, divisor)
 
 
 def modulo(expr: sympy.Expr, divisor: sympy.Expr, bounds: Bounds) -> sympy.Expr:
     """``expr % divisor``, using that each axis symbol is below its bound."""
-    _, remainder = _split(expr, divisor, bounds)
+    quotient, remainder = _split(expr, divisor, frozenset(bounds.items()))
     if remainder is not None:
         return PythonMod(remainder, divisor)
-    return sympy.expand(expr - divisor * _split(expr, divisor, bounds)[0])
+    return sympy.expand(expr - divisor * quotient)
 
 
+@functools.lru_cache(maxsize=1024)
 def _split(
-    expr: sympy.Expr, divisor: sympy.Expr, bounds: Bounds
+    expr: sympy.Expr, divisor: sympy.Expr, bound_items: frozenset[tuple[sympy.Symbol, sympy.Expr]]
 ) -> tuple[sympy.Expr, sympy.Expr | None]:
     """Write expr as divisor*q + r; r is None where 0 <= r < divisor is known."""
+    bounds = dict(bound_items)
     quotient, rest = ZERO, ZERO
     for term in sympy.Add.make_args(sympy.expand(expr)):
         ratio = sympy.cancel(term / divisor)

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.indexing import to_expr
@@ -106,7 +107,23 @@ def _copy(emitter: Emitter, node: Node, copies: dict[Node, Any]) -> Node:
     assert callable(node.target)
     args = torch.fx.map_arg(node.args, copies.__getitem__)
     kwargs = torch.fx.map_arg(node.kwargs, copies.__getitem__)
+    value = value_of(node)
+    if isinstance(value, torch.Tensor) and _has_own_storage(node) and _is_static(value):
+        return emitter.insert(node.target, args, kwargs, emitter.fresh(value))
     return emitter.call(node.target, *args, **kwargs)
+
+
+def _has_own_storage(node: Node) -> bool:
+    """Whether a node's value is no view of an input's: the compiler asks storages about that."""
+    inputs = [value_of(n) for n in node.all_input_nodes]
+    mine = StorageWeakRef(value_of(node).untyped_storage())
+    return all(
+        mine != StorageWeakRef(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)
+    )
+
+
+def _is_static(value: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
 def _copy_constant(emitter: Emitter, traced: GraphModule, node: Node) -> Node:

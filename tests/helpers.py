@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,14 +42,25 @@ def compile_fp8(model: Callable[..., Any], config: Any = None, **kwargs: Any) ->
 
 def rewritten_graph(model: Callable[..., Any], *args: Any, config: Fp8Config | None = None) -> str:
     """The graph behind our passes, as torch.compile hands it to the rest of Inductor."""
+    patches = Fp8Backend(config or Fp8Config()).patches(lambda sites: None)
+    return _compiled_graph(model, args, capture, patches)
+
+
+def stock_graph(model: Callable[..., Any], *args: Any) -> str:
+    """The graph that torch.compile has at the same place without us."""
+    return _compiled_graph(model, args, lambda gm: None, {})
+
+
+def _compiled_graph(
+    model: Callable[..., Any], args: Any, before: Callable[[GraphModule], Any], patches: Any
+) -> str:
     graphs: list[str] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
         from torch._functorch import config as functorch_config
         from torch._inductor.compile_fx import compile_fx
 
-        capture(gm)
-        patches = Fp8Backend(config or Fp8Config()).patches(lambda sites: None)
+        before(gm)
         with functorch_config.patch(enable_autograd_cache=False):
             compile_fx(gm, example_inputs, keep(graphs), patches)
         raise _Done
@@ -62,6 +74,29 @@ def rewritten_graph(model: Callable[..., Any], *args: Any, config: Fp8Config | N
             raise
         del error
     return "\n\n".join(graphs)
+
+
+def canonical(graph: str) -> str:
+    """A graph's text, renamed and ordered from its results: equal for equal computations."""
+    lines = {re.split(r" =|:", line)[0]: line for line in graph.splitlines()}
+    lines["return"] = graph.splitlines()[-1]
+    names: dict[str, str] = {}
+    result: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in names or name not in lines:
+            return
+        body = lines[name].removeprefix(name)
+        # Operators are followed by "(" or ".", names of nodes are not.
+        for used in re.findall(r"\b(\w+)\b(?![.(])", body):
+            if used != name:
+                visit(used)
+        names[name] = f"n{len(names)}" if not body.startswith(":") else name
+        renamed = re.sub(r"\b(\w+)\b(?![.(])", lambda m: names.get(m[1], m[1]), body)
+        result.append(names[name] + renamed)
+
+    visit("return")
+    return "\n".join(result)
 
 
 class _Done(Exception):

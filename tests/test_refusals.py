@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lp_inductor
-from lp_inductor import Fp8Config, MissCode
+from lp_inductor import Fp8Config, Miss, MissCode
+from lp_inductor.passes.site import check_operands
 from tests import models, refused
-from tests.helpers import compile_fp8, compile_stock, sqnr
+from tests.helpers import (
+    canonical,
+    compile_fp8,
+    compile_stock,
+    rewritten_graph,
+    sqnr,
+    stock_graph,
+)
 from tests.test_rewrites import qkv
 
 keep = torch.ones(2, 16, dtype=torch.bool)
@@ -71,6 +79,46 @@ def test_equal_to_stock(name: str) -> None:
         ours = compile_fp8(model)(*operands)
     for a, b in zip(tree_leaves(stock), tree_leaves(ours), strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_graph_is_stocks_own(name: str) -> None:
+    """Not only the result: the graph that the rest of Inductor sees is the one it always saw."""
+    model, operands, _ = REFUSED[name]
+    assert canonical(rewritten_graph(model, *operands)) == canonical(stock_graph(model, *operands))
+
+
+def test_subgraphs_of_higher_order_operators_are_left_alone() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        branches = (models.no_rope, refused.sliding_window)
+        return torch.cond(q.sum() > 0, *branches, (q, k, v))
+
+    with torch.no_grad():
+        sites = lp_inductor.explain(model, *qkv()).sites
+        stock, ours = compile_stock(model)(*qkv()), compile_fp8(model)(*qkv())
+    assert {site.miss.code for site in sites if site.miss} == {MissCode.SUBGRAPH}
+    assert len(sites) == 2 and torch.equal(stock, ours)
+
+
+class Wrapped(Tensor):
+    """A tensor subclass."""
+
+
+@pytest.mark.parametrize(
+    ("operand", "code"),
+    [
+        (torch.randn(2, 4, 16, 64).as_subclass(Wrapped), MissCode.SUBCLASS),
+        (torch.randn(2, 4, 16, 64, device="meta"), MissCode.DEVICE),
+        (torch.randn(4, 16, 64), MissCode.RANK),
+        (3.0, MissCode.RANK),
+    ],
+)
+def test_operands_that_nothing_could_serve(operand: Any, code: MissCode) -> None:
+    q, k, v = qkv()
+    for name in ("query", "key", "value"):
+        operands = {"query": q, "key": k, "value": v, "attn_mask": None, name: operand}
+        verdict = check_operands(operands)
+        assert isinstance(verdict, Miss) and verdict.code is code
 
 
 @pytest.mark.parametrize("name", ["key_table", "per_head_table", "halves_differ", "returned"])

@@ -141,6 +141,10 @@ def test_export_is_rewritten_alike(name: str) -> None:
     assert sum("lp_inductor.quantize(" in line for line in rotated) == (2 if rope else 0)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12),
+    reason="torch 2.11 cannot export this model with a dynamic length, with or without us",
+)
 def test_export_with_dynamic_length_asks_sizes_of_rotated_tensors() -> None:
     """repeat_kv reads the rotated key's shape; that must not keep the rotation alive."""
     tokens = torch.export.Dim("tokens")

@@ -1,0 +1,190 @@
+"""The kernel registry: choice, refusal, and a third party's kernel in a compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lp_inductor
+from lp_inductor import (
+    AttentionCall,
+    ConfigError,
+    Fp8Config,
+    Kernel,
+    KernelError,
+    Miss,
+    MissCode,
+    Ok,
+    reference,
+)
+from lp_inductor.kernels import choose_kernel
+from lp_inductor.kernels.activated import ActivatedKernel
+from tests import models
+from tests.helpers import compile_fp8, compile_stock, sqnr
+from tests.test_rewrites import MIN_DB, qkv
+
+
+class Counting(Kernel):
+    """The reference, counting its calls; serves head_dim 64 only."""
+
+    name = "counting"
+    min_seq_len = 8
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Size, bool, torch.dtype]] = []
+
+    def availability(self, device: torch.device) -> Ok | Miss:
+        """On CPUs."""
+        if device.type == "cpu":
+            return Ok()
+        return Miss(MissCode.KERNEL_UNAVAILABLE, "CPUs only")
+
+    def supports(self, call: AttentionCall) -> Ok | Miss:
+        """head_dim 64."""
+        if call.head_dim != 64:
+            return Miss(MissCode.KERNEL_UNSUPPORTED, f"head_dim {call.head_dim}")
+        return Ok()
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, *descales: Tensor, **options: Any
+    ) -> Tensor:
+        """Count, and compute; the result is contiguous, which is not what the graph expects."""
+        self.calls.append((key.shape, options["is_causal"], options["out_dtype"]))
+        assert query.transpose(1, 2).is_contiguous() and query.dtype == torch.float8_e4m3fn
+        out = reference.sdpa_quantized(
+            query,
+            key,
+            value,
+            *descales,
+            options["is_causal"],
+            options["scale"],
+            options["out_dtype"],
+        )
+        return out.contiguous()
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    """A registered kernel."""
+    kernel = Counting()
+    lp_inductor.register_kernel(kernel)
+    yield kernel
+    lp_inductor.unregister_kernel(kernel.name)
+
+
+def call(**changes: Any) -> AttentionCall:
+    """A call on the CPU."""
+    fields = {
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "query_len": 16,
+        "key_len": 16,
+        "head_dim": 64,
+        "value_head_dim": 64,
+        "is_causal": True,
+    }
+    return AttentionCall(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_registered_kernel_serves_compiled_models(counting: Counting, dtype: torch.dtype) -> None:
+    operands = qkv(kv_heads=2, dtype=dtype)
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(models.llama, *operands).sites
+        compiled = compile_fp8(models.llama, fullgraph=True)
+        results = [compiled(*operands) for _ in range(2)]
+    assert site.kernel == "counting"
+    assert counting.calls == [(torch.Size([2, 2, 16, 64]), True, dtype)] * 2
+    assert torch.equal(*results)
+    assert sqnr(models.llama(*(t.double() for t in operands)), results[0]) >= MIN_DB
+
+
+def test_auto_goes_on_where_a_kernel_does_not_serve(counting: Counting) -> None:
+    with torch.no_grad():
+        (served,) = lp_inductor.explain(models.no_rope, *qkv()).sites
+        (other,) = lp_inductor.explain(models.no_rope, *qkv(dim=32)).sites
+    assert (served.kernel, other.kernel) == ("counting", "reference")
+
+
+def test_a_named_kernel_is_not_replaced_by_another(counting: Counting) -> None:
+    config = Fp8Config(kernel="counting")
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(models.no_rope, *qkv(dim=32), config=config).sites
+        stock = compile_stock(models.no_rope)(*qkv(dim=32))
+        ours = compile_fp8(models.no_rope, config)(*qkv(dim=32))
+    assert site.miss is not None and site.miss.code is MissCode.KERNEL_UNSUPPORTED
+    assert torch.equal(stock, ours) and not counting.calls
+
+
+def test_a_kernels_own_bound_counts(counting: Counting) -> None:
+    config = Fp8Config(kernel="counting")
+    short = qkv(key_len=7)
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(models.cross, *short, config=config).sites
+        (forced,) = lp_inductor.explain(
+            models.cross, *short, config=Fp8Config(kernel="counting", force=True)
+        ).sites
+    assert site.miss is not None and site.miss.code is MissCode.SHORT_SEQUENCE
+    assert forced.kernel == "counting"
+
+
+def test_eager_uses_a_registered_kernel(counting: Counting) -> None:
+    lp_inductor.scaled_dot_product_attention_fp8(*qkv(), is_causal=True)
+    assert len(counting.calls) == 1
+
+
+def test_forcing_what_cannot_run_raises_with_the_reason() -> None:
+    compiled = compile_fp8(models.no_rope, Fp8Config(kernel="activated"))
+    with torch.no_grad(), pytest.raises(Exception, match="cannot run here: no activated kernel"):
+        compiled(*qkv())
+    with pytest.raises(KernelError, match="serves cpu"):
+        choose_kernel(Fp8Config(kernel="activated"), call())
+
+
+def test_without_any_kernel_there_is_a_reason() -> None:
+    other = call(device=torch.device("xpu"))
+    chosen = choose_kernel(Fp8Config(), other)
+    assert isinstance(chosen, Miss) and chosen.code is MissCode.NO_KERNEL
+    with pytest.raises(KernelError):
+        choose_kernel(Fp8Config(kernel="reference"), other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"dtype": torch.float32}, MissCode.KERNEL_UNSUPPORTED),
+        ({"value_head_dim": 32}, MissCode.HEAD_DIM),
+        ({"head_dim": 40, "value_head_dim": 40}, MissCode.HEAD_DIM),
+        ({"head_dim": 512, "value_head_dim": 512}, MissCode.HEAD_DIM),
+    ],
+)
+def test_what_the_aten_overload_cannot_serve(changes: dict[str, Any], code: MissCode) -> None:
+    verdict = ActivatedKernel().supports(call(**changes))
+    assert isinstance(verdict, Miss) and verdict.code is code
+    assert isinstance(ActivatedKernel().supports(call()), Ok)
+
+
+@pytest.mark.parametrize("name", ["", "auto", "reference"])
+def test_names_are_taken_once(name: str) -> None:
+    kernel = Counting()
+    kernel.name = name
+    with pytest.raises(ConfigError, match="empty, reserved or taken"):
+        lp_inductor.register_kernel(kernel)
+
+
+def test_only_kernels_are_registered_and_built_ins_stay() -> None:
+    with pytest.raises(ConfigError, match="expected a Kernel"):
+        lp_inductor.register_kernel(object())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="built in"):
+        lp_inductor.unregister_kernel("reference")
+    with pytest.raises(ConfigError, match="no kernel 'nobody'"):
+        lp_inductor.unregister_kernel("nobody")
+    names = [kernel.name for kernel in lp_inductor.registered_kernels()]
+    assert names == ["activated", "reference"]
