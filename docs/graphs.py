@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import Graph, GraphModule
+
 from lp_inductor.backend import Fp8Backend
 from lp_inductor.config import Fp8Config
 from lp_inductor.lowerings.attention import lower_graph
 from lp_inductor.passes.capture import capture
 from tests.helpers import graph_text
-from torch.fx import Graph, GraphModule
 
 
 def captured_graph(model: Callable[..., Any], *args: Any) -> str:
@@ -30,20 +31,17 @@ def captured_graph(model: Callable[..., Any], *args: Any) -> str:
 
 
 def stock_graph(model: Callable[..., Any], *args: Any) -> str:
-    """The functional ATen graph of torch.compile without us."""
+    """What torch.compile has without us, where ``rewritten_graph`` shows ours."""
     texts: list[str] = []
 
-    def show(graph: Graph) -> None:
-        texts.append(graph_text(graph))
+    def keep(gm: GraphModule) -> None:
+        texts.append(graph_text(gm.graph))
 
-    hooks = {"joint_custom_pre_pass": show}
-    _compile(model, args, lambda: hooks, lambda gm: None, capturing=False)
+    _compile(model, args, dict, keep, capturing=False)
     return "\n\n".join(texts)
 
 
-def lowered_graph(
-    model: Callable[..., Any], *args: Any, config: Fp8Config | None = None
-) -> str:
+def lowered_graph(model: Callable[..., Any], *args: Any, config: Fp8Config | None = None) -> str:
     """The graph behind our lowerings: what Inductor compiles, or calls."""
     texts: list[str] = []
 

@@ -43,7 +43,8 @@ class Fp8Config:
         skip: glob patterns of module names, such as ``"*.layers.0.*"``, to leave alone.
         force: rewrite wherever it is possible, even where it is not expected to pay.
         on_miss: what a site that is not rewritten does: "ignore", "warn" (once per code and
-            compile, through the ``lp_inductor`` logger) or "raise" (:class:`MissError`).
+            graph, through the ``lp_inductor`` logger; a graph that comes out of Inductor's cache
+            is not looked at again) or "raise" (:class:`MissError`).
 
     Raises:
         ConfigError: for a wrong field, type or value.

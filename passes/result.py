@@ -26,13 +26,13 @@ class MissCode(enum.Enum):
     # Shapes
     HEAD_DIM = "the kernel does not serve this head_dim"
     GQA = "key/value heads are not a grouped broadcast of fewer heads"
-    EMPTY = "an operand may have no elements"
+    EMPTY = "an operand has no elements"
     # RoPE: something rotates lanes of Q or K, but not provably as RoPE does
     ROPE_FORM = "lanes are mixed, but not as a half-split or interleaved rotation"
     ROPE_TABLES_DIFFER = "query and key are rotated with different tables"
     ROPE_HALVES_DIFFER = "the two lanes of a pair are rotated by different angles"
     ROPE_TABLE_AXES = "the table varies over another axis than tokens, or batch and tokens"
-    ROPE_ONE_SIDED = "only one of query and key is rotated"
+    ROPE_ONE_SIDED = "a rotation is recognised on only one of query and key"
     ROPE_OUTPUT_USED = "the rotated tensor is needed elsewhere too"
     # Masks
     MASK_IS_DATA = "the mask depends on run-time data"

@@ -55,7 +55,7 @@ class Page:
     def snippets(self) -> Iterator[tuple[Block, str]]:
         """Every python block and what it must print."""
         following = [*self.blocks[1:], None]
-        for block, after in zip(self.blocks, following, strict=True):
+        for block, after in zip(self.blocks, following, strict=False):
             if block.language == "python":
                 is_output = after is not None and after.language == "output"
                 yield block, after.text if after is not None and is_output else ""

@@ -123,6 +123,16 @@ def test_a_named_kernel_is_not_replaced_by_another(counting: Counting) -> None:
     assert torch.equal(stock, ours) and not counting.calls
 
 
+def test_the_granularity_asked_for_is_the_kernels(counting: Counting) -> None:
+    counting.granularity = "per_token"
+    asked = Fp8Config(granularity="per_head")
+    chosen = choose_kernel(asked, call())
+    assert not isinstance(chosen, Miss) and chosen.name == "reference"
+    named = choose_kernel(Fp8Config(kernel="counting", granularity="per_head"), call())
+    assert isinstance(named, Miss) and named.code is MissCode.KERNEL_UNSUPPORTED
+    assert "per_token" in named.detail
+
+
 def test_a_kernels_own_bound_counts(counting: Counting) -> None:
     config = Fp8Config(kernel="counting")
     short = qkv(key_len=7)
@@ -152,6 +162,7 @@ def test_without_any_kernel_there_is_a_reason() -> None:
     other = call(device=torch.device("xpu"))
     chosen = choose_kernel(Fp8Config(), other)
     assert isinstance(chosen, Miss) and chosen.code is MissCode.NO_KERNEL
+    assert "activated: no activated kernel serves xpu" in chosen.detail
     with pytest.raises(KernelError):
         choose_kernel(Fp8Config(kernel="reference"), other)
 

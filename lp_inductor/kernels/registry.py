@@ -8,7 +8,7 @@ from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
 from lp_inductor.kernels.base import AttentionCall, Kernel
 from lp_inductor.kernels.reference import ReferenceKernel
-from lp_inductor.passes.result import Miss, MissCode
+from lp_inductor.passes.result import Miss, MissCode, Ok
 
 #: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
 _KERNELS: dict[str, Kernel] = {k.name: k for k in (ActivatedKernel(), ReferenceKernel())}
@@ -77,15 +77,24 @@ def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
     Raises:
         KernelError: if the configuration names a kernel that cannot run on the call's device.
     """
-    reason: Miss | None = None
+    unsupported: Miss | None = None
+    unavailable: list[str] = []
     for kernel in candidates(config, call):
         available = kernel.availability(call.device)
         if isinstance(available, Miss):
             if config.kernel != "auto":
                 raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
+            unavailable.append(f"{kernel.name}: {available.detail}")
             continue
-        supported = kernel.supports(call)
+        supported = check_call(kernel, config, call)
         if not isinstance(supported, Miss):
             return kernel
-        reason = reason or supported
-    return reason or Miss(MissCode.NO_KERNEL, f"on {call.device}")
+        unsupported = unsupported or supported
+    return unsupported or Miss(MissCode.NO_KERNEL, "; ".join(unavailable))
+
+
+def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | Miss:
+    """Whether an available kernel serves ``call`` at the granularity the configuration asks."""
+    if config.granularity not in ("auto", kernel.granularity):
+        return Miss(MissCode.KERNEL_UNSUPPORTED, f"{kernel.name} has {kernel.granularity} scales")
+    return kernel.supports(call)

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import sympy
@@ -24,7 +24,7 @@ from lp_inductor.passes.mask import MaskForm, MaskProver
 from lp_inductor.passes.movement import shape_of, value_of
 from lp_inductor.passes.result import Miss, MissCode
 
-Answer = MaskForm | Miss
+Answer: TypeAlias = MaskForm | Miss
 FULL, CAUSAL = MaskForm(), MaskForm(upper=sympy.S.Zero)
 
 
@@ -44,7 +44,7 @@ class Traced(NamedTuple):
     sizes: tuple[sympy.Expr, ...]
 
 
-Build = Callable[..., Tensor]
+Build: TypeAlias = Callable[..., Tensor]
 SQUARE, WIDE, TALL = Sizes(2, 3, 6, 6), Sizes(2, 3, 4, 7), Sizes(2, 3, 7, 4)
 
 
@@ -52,7 +52,8 @@ def with_sizes(build: Build) -> Callable[..., tuple[Tensor, ...]]:
     """``build`` as a function of a query and a key, whose sizes it also shows in its result."""
 
     def run(query: Tensor, key: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        sizes = Sizes(*query.shape[:3], key.shape[2])
+        batch, heads, queries, _ = query.shape
+        sizes = Sizes(batch, heads, queries, key.shape[2])
         return build(sizes, *inputs), query.neg(), key.neg()
 
     return run
@@ -529,7 +530,7 @@ def test_equal_masks_are_proved_once() -> None:
 # A random mask is a term: a nested tuple of an operator's name, terms and plain arguments. Terms
 # are vectors of integers along one axis, or masks of all queries and keys.
 
-Term = tuple[Any, ...]
+Term: TypeAlias = tuple[Any, ...]
 COMPARISONS = st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"])
 SMALL = st.integers(-3, 4)
 EXAMPLES = int(os.environ.get("LP_INDUCTOR_FUZZ", "150"))
