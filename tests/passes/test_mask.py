@@ -135,7 +135,8 @@ def below(s: Sizes) -> Tensor:
 
 def aligned_right(s: Sizes) -> Tensor:
     """Causal so that the last query sees every key."""
-    return columns(s) <= rows(s) + (s.keys - s.queries)
+    offset: int = s.keys - s.queries
+    return columns(s) <= rows(s) + offset
 
 
 def without_packing(s: Sizes) -> Tensor:
@@ -401,10 +402,11 @@ def test_right_for_the_example_size_only(dynamic: bool) -> None:
 
 def test_other_sizes_than_the_masks_own() -> None:
     traced = trace(below, SQUARE)
+    batch, heads, queries, _ = traced.sizes
     prover = MaskProver()
-    assert isinstance(prover.prove(traced.mask, *traced.sizes[:3], sympy.Integer(7)), Miss)
-    assert isinstance(prover.prove(traced.mask, *traced.sizes[:3], sympy.Symbol("s0")), Miss)
-    assert isinstance(prover.prove(traced.mask, *traced.sizes[:2], 0, 0), Miss)
+    assert isinstance(prover.prove(traced.mask, batch, heads, queries, sympy.Integer(7)), Miss)
+    assert isinstance(prover.prove(traced.mask, batch, heads, queries, sympy.Symbol("s0")), Miss)
+    assert isinstance(prover.prove(traced.mask, batch, heads, sympy.S.Zero, queries), Miss)
     five_dimensions = trace(lambda s: below(s)[None, None, None], SQUARE)
     assert isinstance(prove(five_dimensions), Miss)
 
@@ -657,7 +659,8 @@ def other_sizes(traced: Traced) -> Iterator[tuple[Sizes, dict[sympy.Symbol, int]
 )
 def test_whatever_is_proved_is_so(term: Term, sizes: Sizes, dynamic: bool) -> None:
     def build(s: Sizes) -> Tensor:
-        return make(s, term)
+        mask: Tensor = make(s, term)
+        return mask
 
     try:
         traced = trace(build, sizes, dynamic=dynamic)
