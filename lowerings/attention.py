@@ -70,7 +70,7 @@ def kernel_of(node: Node) -> str | None:
 def lower_aten_attention(node: Node, inliner: Inliner) -> None:
     """Send one call of the ATen overload to its kernel; only its first output may be used."""
     kernel = kernel_of(node)
-    others = [user for user in node.users if user.args != (node, 0)]
+    others = [user for user in node.users if user.args != (node, 0) and user.users]
     if kernel in (None, "activated") or others:
         return
     operands, is_causal = node.args[:6], node.args[7]
@@ -99,9 +99,10 @@ def _replace_outputs(node: Node, results: list[Node | None]) -> None:
         node.replace_all_uses_with(results[0])
     for user in list(node.users):
         assert user.target is operator.getitem
-        result = results[user.args[1]]  # type: ignore[index]
-        assert result is not None
-        user.replace_all_uses_with(result)
+        if user.users:
+            result = results[user.args[1]]  # type: ignore[index]
+            assert result is not None
+            user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(node)
 

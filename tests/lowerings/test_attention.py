@@ -1,0 +1,99 @@
+"""Lowering: what each operator of ours becomes, and what is not ours to touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
+from torch.fx import GraphModule
+
+import lp_inductor
+from lp_inductor import Fp8Config, reference
+from lp_inductor.lowerings.attention import lower_graph
+from lp_inductor.passes.rewrite import KERNEL_META
+from tests import models
+from tests.helpers import compile_fp8
+from tests.passes.test_movement import trace
+from tests.test_kernels import Counting
+from tests.test_rewrites import qkv
+
+aten = torch.ops.aten
+OURS = ("lp_inductor.", "_scaled_dot_product_flash_attention.quantized")
+
+
+def quantized_operands() -> list[Tensor]:
+    """FP8 query, key and value, and their descales."""
+    operands, descales = [], []
+    for x in qkv():
+        quantized, descale = reference.quantize(x, None, None, False, 0, 0, 1, False)
+        operands.append(quantized)
+        descales.append(descale)
+    return [*operands, *descales]
+
+
+def attention_graph(outputs: tuple[int, ...] = (0,)) -> GraphModule:
+    """One call of the ATen overload, returning the outputs asked for."""
+
+    def call(*operands: Tensor) -> Any:
+        results = aten._scaled_dot_product_flash_attention.quantized(*operands, 0.0, True)
+        return [results[n] for n in outputs]
+
+    return trace(call, *quantized_operands())
+
+
+def targets(gm: GraphModule) -> str:
+    """The operators of a graph, one a line."""
+    return "\n".join(str(node.target) for node in gm.graph.nodes)
+
+
+def test_the_reference_kernel_is_inlined_on_a_cpu() -> None:
+    gm = attention_graph()
+    lower_graph(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert not any(name in targets(gm) for name in OURS)
+    operands = quantized_operands()
+    expected = reference.sdpa_quantized(*operands, True, None, torch.bfloat16)
+    assert torch.equal(gm(*operands)[0], expected)
+
+
+@pytest.mark.parametrize("outputs", [(0, 1), (1,)])
+def test_a_call_whose_other_outputs_are_used_is_left_alone(outputs: tuple[int, ...]) -> None:
+    gm = attention_graph(outputs)
+    before = targets(gm)
+    lower_graph(gm.graph)
+    assert targets(gm) == before
+
+
+@pytest.mark.parametrize("kernel", ["activated", "other"])
+def test_other_kernels_are_called_not_inlined(kernel: str) -> None:
+    gm = attention_graph()
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
+    )
+    node.meta[KERNEL_META] = kernel
+    lower_graph(gm.graph)
+    assert (OURS[1] in targets(gm)) is (kernel == "activated")
+    assert ("lp_inductor.sdpa_quantized" in targets(gm)) is (kernel == "other")
+
+
+def test_a_cpu_compile_is_all_cpp_with_real_fp8() -> None:
+    with torch.no_grad(), fresh_inductor_cache():
+        _, (code,) = run_and_get_code(compile_fp8(models.llama, fullgraph=True), *qkv(kv_heads=2))
+    assert "Float8_e4m3fn" in code or "float8_e4m3fn" in code
+    assert "ops.lp_inductor" not in code and ".quantized" not in code
+
+
+def test_a_registered_kernel_is_a_fallback_call() -> None:
+    kernel = Counting()
+    lp_inductor.register_kernel(kernel)
+    try:
+        with torch.no_grad(), fresh_inductor_cache():
+            compiled = compile_fp8(models.llama, Fp8Config(kernel="counting"), fullgraph=True)
+            _, (code,) = run_and_get_code(compiled, *qkv(kv_heads=2))
+    finally:
+        lp_inductor.unregister_kernel("counting")
+    assert "lp_inductor.sdpa_quantized" in code and "'counting'" in code
