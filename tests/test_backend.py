@@ -121,6 +121,24 @@ def test_dynamic_report_has_symbolic_lengths() -> None:
     assert isinstance(site.query_shape[2], str) and site.key_shape[1] == 2
 
 
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_a_scale_that_is_an_argument(rewrite: bool) -> None:
+    """Dynamo makes a float argument symbolic once it changes."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        at = torch.arange(q.shape[2])
+        mask = None if rewrite else (at[:, None] - at[None, :]).abs() < 4
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    compiled = compile_fp8(model, dynamic=True)
+    for scale in (0.1, 0.125, 0.2):
+        with torch.no_grad():
+            result = compiled(*qkv(), scale)
+        expected = model(*(t.double() for t in qkv()), scale)
+        assert sqnr(expected, result) >= MIN_DB
+        assert in_fp8(expected, result) is rewrite
+
+
 def test_nothing_global_changes() -> None:
     from torch._inductor import config as inductor_config
     from torch._inductor.lowering import lowerings
