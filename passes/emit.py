@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
@@ -48,15 +48,18 @@ class Emitter:
                 node.meta[key] = self.site.meta[key]
         return node
 
-    def fresh(self, value: torch.Tensor) -> torch.Tensor:
-        """A fake tensor like ``value``, with storage of its own.
+    def like(self, value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        """A fake tensor like ``value``: a view of ``base``, or with storage of its own.
 
         Made directly: running an operator again for its fake result costs several times as much.
+        Inductor asks storages which values alias, so a view must share its base's.
         """
+        size, stride = value.shape, value.stride()
         with torch._C._DisableTorchDispatch():
-            meta = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="meta"
-            )
+            meta = torch.empty_strided(size, stride, dtype=value.dtype, device="meta")
+            if base is not None:
+                with in_kernel_invocation_manager(self.fake_mode):
+                    meta.set_(base.untyped_storage(), value.storage_offset(), size, stride)
         return FakeTensor(self.fake_mode, meta, value.device)
 
     def replace_site(self, result: Node) -> None:

@@ -108,18 +108,21 @@ def _copy(emitter: Emitter, node: Node, copies: dict[Node, Any]) -> Node:
     args = torch.fx.map_arg(node.args, copies.__getitem__)
     kwargs = torch.fx.map_arg(node.kwargs, copies.__getitem__)
     value = value_of(node)
-    if isinstance(value, torch.Tensor) and _has_own_storage(node) and _is_static(value):
-        return emitter.insert(node.target, args, kwargs, emitter.fresh(value))
-    return emitter.call(node.target, *args, **kwargs)
+    if not isinstance(value, torch.Tensor) or not _is_static(value):
+        return emitter.call(node.target, *args, **kwargs)
+    viewed = _viewed_input(node)
+    base = None if viewed is None else value_of(copies[viewed])
+    return emitter.insert(node.target, args, kwargs, emitter.like(value, base))
 
 
-def _has_own_storage(node: Node) -> bool:
-    """Whether a node's value is no view of an input's: the compiler asks storages about that."""
-    inputs = [value_of(n) for n in node.all_input_nodes]
+def _viewed_input(node: Node) -> Node | None:
+    """The input whose storage a node's value shares; None if it has storage of its own."""
     mine = StorageWeakRef(value_of(node).untyped_storage())
-    return all(
-        mine != StorageWeakRef(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)
-    )
+    for source in node.all_input_nodes:
+        value = value_of(source)
+        if isinstance(value, torch.Tensor) and mine == StorageWeakRef(value.untyped_storage()):
+            return source
+    return None
 
 
 def _is_static(value: torch.Tensor) -> bool:
