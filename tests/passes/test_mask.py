@@ -202,6 +202,13 @@ BANDS: dict[str, tuple[Build, MaskForm]] = {
         lambda s: below(s)[:, None].expand(-1, 4, -1)[rows(s), :, columns(s)][..., 1],
         CAUSAL,
     ),
+    "gathered apart, not at first": (
+        lambda s: below(s)[None, :, None].expand(2, -1, 4, -1)[:, rows(s), :, columns(s)][
+            ..., 1, 2
+        ],
+        CAUSAL,
+    ),
+    "cumsum as position": (lambda s: columns(s) <= ones(s, torch.int64).cumsum(0) - 1, CAUSAL),
     "repeated": (lambda s: below(s)[None, None].repeat(s.batch, 1, 1, 1), CAUSAL),
     "strictly below": (lambda s: distance(s) > 0, band(upper=-1)),
     "above": (lambda s: ones(s).triu(), band(lower=0)),
@@ -324,7 +331,7 @@ REFUSED: dict[str, Build] = {
     "wrapped product": lambda s: columns(s) * 2**62 <= rows(s) * 2**62,
     "wrapped int32": lambda s: columns(s).int() * 2**30 <= rows(s).int() * 2**30,
     "narrowed operand": lambda s: (columns(s).int() - rows(s).int()) <= torch.full((), 2**40),
-    "bits of integers": lambda s: (columns(s) & rows(s)) == 0,
+    "bits of integers": lambda s: (distance(s).clamp_min(0) & 2) == 0,
     "additive": lambda s: torch.zeros(s.queries, s.keys).masked_fill(~below(s), float("-inf")),
     "additive, small": lambda s: torch.ones(s.queries, s.keys).triu(1),
 }
