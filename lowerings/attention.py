@@ -74,9 +74,10 @@ def lower_aten_attention(node: Node, inliner: Inliner) -> None:
     if kernel in (None, "activated") or others:
         return
     operands, is_causal = node.args[:6], node.args[7]
+    no_mean, no_mask = None, (None, None, 0 if is_causal else None, None)
     scale = node.kwargs.get("scale")
     dtype = value_of(node)[0].dtype
-    args = (*operands, is_causal, scale, dtype)
+    args = (*operands, no_mean, *no_mask, scale, dtype)
     if kernel == "reference":
         _inline(node, reference.sdpa_quantized, args, inliner)
         return

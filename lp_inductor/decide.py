@@ -27,12 +27,21 @@ class Decider:
         kernel = choose_kernel(self._config, call)
         if isinstance(kernel, Miss):
             return kernel
-        pays = self._check_length(call, kernel.min_seq_len)
-        if isinstance(pays, Miss):
-            return pays
+        for verdict in (self._check_decode(call), self._check_length(call, kernel.min_seq_len)):
+            if isinstance(verdict, Miss):
+                return verdict
         if kernel.name == "reference" and self._config.kernel == "auto":
             _tell_about_reference(call.device.type)
         return Decision(kernel.name, get_kernel(kernel.name).granularity)
+
+    def _check_decode(self, call: AttentionCall) -> Ok | Miss:
+        """A single query reads each key once: quantising the keys would read them twice.
+
+        A symbolic length is never one (torch.compile compiles lengths of one apart).
+        """
+        if self._config.force or not isinstance(call.query_len, int) or call.query_len != 1:
+            return OK
+        return Miss(MissCode.DECODE, f"{call.key_len} key tokens")
 
     def _check_length(self, call: AttentionCall, measured: int) -> Ok | Miss:
         """Compare the key length with the bound; a symbolic length becomes a guard on it."""

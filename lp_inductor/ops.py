@@ -7,7 +7,7 @@
 ``::quantize_centered``   centre and quantise a value, returning the mean that was taken off
 ``::sdpa_quantized``      attention over quantised operands, for what
                           ``aten._scaled_dot_product_flash_attention.quantized`` cannot say:
-                          another output dtype, another value head_dim, a named kernel
+                          masks, another output dtype, another value head_dim, a named kernel
 ========================  =====================================================================
 
 All shapes are (batch, heads, tokens, head_dim); quantised tensors are stored in the order (batch,
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lp_inductor import reference
+from lp_inductor.visibility import Visibility
 
 NAMESPACE = "lp_inductor"
 FP8 = torch.float8_e4m3fn
@@ -40,7 +41,8 @@ _lib.define(
 _lib.define("quantize_centered(Tensor x) -> (Tensor quantized, Tensor descale, Tensor mean)")
 _lib.define(
     "sdpa_quantized(Tensor query, Tensor key, Tensor value, Tensor q_descale, Tensor k_descale, "
-    "Tensor v_descale, bool is_causal, float? scale, ScalarType out_dtype, str kernel) -> Tensor"
+    "Tensor v_descale, Tensor? v_mean, Tensor? attn_mask, SymInt? lower, SymInt? upper, "
+    "SymInt? chunk, float? scale, ScalarType out_dtype, str kernel) -> Tensor"
 )
 
 sdpa = torch.ops.lp_inductor.sdpa.default
@@ -158,7 +160,11 @@ def _sdpa_quantized_fake(
     q_descale: Tensor,
     k_descale: Tensor,
     v_descale: Tensor,
-    is_causal: bool,
+    v_mean: Tensor | None,
+    attn_mask: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    chunk: int | None,
     scale: float | None,
     out_dtype: torch.dtype,
     kernel: str,
@@ -175,17 +181,33 @@ def _run_kernel(
     q_descale: Tensor,
     k_descale: Tensor,
     v_descale: Tensor,
-    is_causal: bool,
+    v_mean: Tensor | None,
+    attn_mask: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    chunk: int | None,
     scale: float | None,
     out_dtype: torch.dtype,
     kernel: str,
 ) -> Tensor:
     from lp_inductor.kernels import get_kernel
 
-    out = get_kernel(kernel).run(
+    serving = get_kernel(kernel)
+    visible = Visibility(lower, upper, chunk, attn_mask)
+    late_mean = v_mean is not None and not serving.adds_mean
+    out = serving.run(
         query, key, value, q_descale, k_descale, v_descale,
-        is_causal=is_causal, scale=scale, out_dtype=out_dtype,
+        v_mean=None if late_mean else v_mean,
+        visible=visible,
+        scale=scale,
+        out_dtype=torch.float32 if late_mean else out_dtype,
     )  # fmt: skip
+    if late_mean:
+        assert v_mean is not None
+        mask = None
+        if not visible.is_causal:
+            mask = visible.dense(query.shape[2], key.shape[2], query.device)
+        out = reference.add_mean(out, v_mean, mask).to(out_dtype)
     return reference.to_bshd_storage(out)
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lp_inductor.visibility import Visibility, visible_rows
+
 #: The largest finite float8_e4m3fn; larger values become NaN in a cast, so clamp before it.
 FP8_MAX = 448.0
 
@@ -130,7 +132,11 @@ def sdpa_quantized(
     q_descale: Tensor,
     k_descale: Tensor,
     v_descale: Tensor,
-    is_causal: bool,
+    v_mean: Tensor | None,
+    attn_mask: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    chunk: int | None,
     scale: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -141,17 +147,49 @@ def sdpa_quantized(
         key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
         value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
         q_descale, k_descale, v_descale: (batch, kv_heads), float32.
-        is_causal: key j is visible to query i where j <= i; needs query_tokens == key_tokens.
+        v_mean: (batch, kv_heads, 1, value_head_dim), float32, what centring took off the value;
+            added to the result of every query that sees a key.
+        attn_mask, lower, upper, chunk: see :class:`lp_inductor.visibility.Visibility`.
         scale: of the scores; None: head_dim ** -0.5.
 
     Returns:
-        (batch, heads, query_tokens, value_head_dim) in ``out_dtype``.
+        (batch, heads, query_tokens, value_head_dim) in ``out_dtype``; zeros for queries that see
+        no key.
     """
     q = query.float() * per_head(q_descale, query.shape[1])
     k = key.float() * per_head(k_descale, key.shape[1])
     v = value.float() * per_head(v_descale, value.shape[1])
-    enable_gqa = query.shape[1] != key.shape[1]
+    visible = Visibility(lower, upper, chunk, attn_mask)
+    mask = None
+    if not visible.is_causal:
+        mask = visible.dense(query.shape[2], key.shape[2], query.device)
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=visible.is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+    if v_mean is not None:
+        out = add_mean(out, v_mean, mask)
     return out.to(out_dtype)
+
+
+def add_mean(out: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
+    """Add the mean of the values to attention over centred values, in float32.
+
+    Args:
+        out: (batch, heads, query_tokens, value_head_dim).
+        mean: (batch, kv_heads, 1, value_head_dim), float32.
+        mask: the whole mask, as :meth:`Visibility.dense` returns it. A query that sees no key
+            gets nothing: the weights of its row do not sum to one, but to zero.
+    """
+    batch, kv_heads, _, dim = mean.shape
+    group = out.shape[1] // kv_heads
+    if group != 1:
+        mean = mean.expand(-1, -1, group, -1).reshape(batch, kv_heads * group, 1, dim)
+    if mask is not None:
+        mean = torch.where(visible_rows(mask), mean, 0.0)
+    return out.float() + mean

@@ -167,11 +167,13 @@ def _replace(graph: Graph, node: Node, arguments: dict[str, Any]) -> None:
 
 def refused_site(node: Node, arguments: dict[str, Any], miss: Miss) -> Site:
     """The record of a call that was not rewritten."""
-    shapes = []
+    shapes: list[tuple[int | str, ...]] = []
     for name in ("query", "key", "value"):
         value = _value(arguments[name])
         shapes.append(shape_for_report(value) if isinstance(value, torch.Tensor) else ())
-    mask = "data" if arguments["attn_mask"] is not None else "none"
+    mask = "unknown" if arguments["attn_mask"] is not None else "none"
     if arguments["is_causal"] is True:
         mask = "causal"
-    return Site(module_of(node), False, None, mask, None, None, miss, *shapes)
+    return Site(
+        module_of(node), False, None, mask, None, None, miss, shapes[0], shapes[1], shapes[2]
+    )

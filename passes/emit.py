@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx import Graph, Node
@@ -104,3 +106,40 @@ def _detach_metadata(graph: Graph, node: Node) -> None:
             if dims:
                 user.args = (source, dims[0])
                 break
+
+
+def emit_size(emitter: Emitter, expr: sympy.Expr) -> int | Node:
+    """An integer expression over symbolic sizes as a number, or as nodes that compute it."""
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Symbol:
+        return size_node(emitter, expr)
+    function = {sympy.Add: operator.add, sympy.Mul: operator.mul}[expr.func]
+    total, *rest = (emit_size(emitter, part) for part in expr.args)
+    for part in rest:
+        total = emitter.call(function, total, part)
+    return total
+
+
+def size_node(emitter: Emitter, size: sympy.Expr) -> Node:
+    """A node that yields a symbolic size: a graph input, else asked of an input of the site."""
+    known = size_nodes(emitter).get(size)
+    if known is not None:
+        return known
+    for source in emitter.site.all_input_nodes:
+        shape = getattr(value_of(source), "shape", ())
+        for dim, here in enumerate(shape):
+            if to_expr(here) == size:
+                return emitter.call(aten.sym_size.int, source, dim)
+    raise AssertionError(f"no tensor has the size {size}")
+
+
+def size_nodes(emitter: Emitter) -> dict[sympy.Expr, Node]:
+    """The graph inputs that carry symbolic sizes, by the size they carry."""
+    found: dict[sympy.Expr, Node] = {}
+    for node in emitter.graph.nodes:
+        if node.op != "placeholder":
+            break
+        if isinstance(value_of(node), torch.SymInt):
+            found.setdefault(to_expr(value_of(node)), node)
+    return found

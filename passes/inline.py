@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lp_inductor.passes.emit import Emitter
+from lp_inductor.passes.emit import Emitter, size_nodes
 from lp_inductor.passes.indexing import to_expr
 from lp_inductor.passes.movement import value_of
 
@@ -142,14 +142,3 @@ def _copy_constant(emitter: Emitter, traced: GraphModule, node: Node) -> Node:
 
 def _is_size(node: Node) -> bool:
     return node.target is aten.sym_size.int and isinstance(value_of(node), torch.SymInt)
-
-
-def size_nodes(emitter: Emitter) -> dict[sympy.Expr, Node]:
-    """The graph inputs that carry symbolic sizes, by the size they carry."""
-    found: dict[sympy.Expr, Node] = {}
-    for node in emitter.graph.nodes:
-        if node.op != "placeholder":
-            break
-        if isinstance(value_of(node), torch.SymInt):
-            found.setdefault(to_expr(value_of(node)), node)
-    return found

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import sympy
 import torch
@@ -24,6 +24,7 @@ from torch.fx import Node
 from torch.utils._sympy.functions import FloorDiv
 
 from lp_inductor.passes import mask_ops as ops
+from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.indexing import BATCH, HEAD, KEY, QUERY, at_zero
 from lp_inductor.passes.mask_ops import Index, Leaf, NotProved, Region, Value, broadcast, lift
 from lp_inductor.passes.movement import (
@@ -54,6 +55,7 @@ class MaskForm:
 
     lower: sympy.Expr | None = None
     upper: sympy.Expr | None = None
+    chunk: sympy.Expr | None = None
 
     @property
     def is_full(self) -> bool:
@@ -74,6 +76,28 @@ class MaskForm:
         return f"band[{lower}, {upper}]"
 
 
+@dataclass(frozen=True)
+class KeyMask:
+    """Run-time data that says which keys count, the same for every query."""
+
+    def emit(self, emitter: Emitter) -> Node:
+        """A bool tensor (batch or 1, heads or 1, 1, key_len)."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """For reports."""
+        return "keys"
+
+
+@dataclass(frozen=True)
+class MaskProof:
+    """What is proved of a mask."""
+
+    form: MaskForm
+    rest: KeyMask | Literal["whole"] | None
+    rows_visible: bool
+
+
 class MaskProver:
     """Proves the masks of one graph; what masks are built from must not change meanwhile.
 
@@ -84,7 +108,7 @@ class MaskProver:
         self._values = values or ValueNumbers()
         self._arithmetic = ops.Arithmetic()
         self._elements = _Elements(self._values)
-        self._answers: dict[tuple[Any, ...], MaskForm | Miss] = {}
+        self._answers: dict[tuple[Any, ...], MaskProof | Miss] = {}
 
     def prove(
         self,
@@ -93,7 +117,7 @@ class MaskProver:
         heads: sympy.Expr,
         query_len: sympy.Expr,
         key_len: sympy.Expr,
-    ) -> MaskForm | Miss:
+    ) -> MaskProof | Miss:
         """The form of ``mask``, which broadcasts to (batch, heads, query_len, key_len).
 
         A :class:`Miss` is MASK_IS_DATA where the mask depends on a graph input or another
@@ -103,7 +127,9 @@ class MaskProver:
         key = (self._values(mask), *sizes)
         if key not in self._answers:
             try:
-                self._answers[key] = self._prove(mask, sizes)
+                form = self._prove(mask, sizes)
+                visible = sizes[2] == sizes[3] and (form.is_full or form.is_causal)
+                self._answers[key] = MaskProof(form, None, visible)
             except NotProved as reason:
                 self._answers[key] = _miss(mask, str(reason))
         return self._answers[key]

@@ -1,7 +1,9 @@
 """Match one attention site: what its operands are, which RoPE they carry, what its mask says.
 
-Nothing here changes the graph. A :class:`SiteMatch` holds proved facts only; any doubt is a
-:class:`~lp_inductor.passes.result.Miss`.
+Nothing here changes the graph. A :class:`SiteMatch` holds proved facts only. Doubt about the call
+or its heads is a :class:`~lp_inductor.passes.result.Miss` and the site stays as it is. Doubt about
+a rotation only keeps the rotation where it is, in the model's code: the rotated query and key are
+then quantised as they come, and the match says why in ``rope_miss``.
 """
 
 from __future__ import annotations
@@ -14,20 +16,26 @@ from torch.fx import Node
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
-from lp_inductor.passes.mask import MaskForm, MaskProver
+from lp_inductor.passes.mask import MaskProver
 from lp_inductor.passes.placement import Axes, Placement, match_placement
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
-from lp_inductor.passes.rope import RopeMatch, RopeMatcher
+from lp_inductor.passes.rope import NoRope, RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
+from lp_inductor.passes.site_mask import SiteMask, match_mask
 from lp_inductor.passes.values import ValueNumbers
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Query, key or value: where it lives, and how it is rotated if it is."""
+    """Query, key or value: where it lives, and the rotation to be fused if there is one."""
 
     source: Placement
     rope: RopeMatch | None = None
+
+    @property
+    def head_count(self) -> int:
+        """Heads of the source, before any grouped-query copies."""
+        return self.source.layout.head_count
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,16 @@ class SiteMatch:
     query: Operand
     key: Operand
     value: Operand
-    is_causal: bool
+    mask: SiteMask
     group_size: int
+    rope_miss: Miss | None = None
 
-    @property
-    def rope(self) -> RopeMatch | None:
-        """The rotation of query and key; None where they are not rotated."""
-        return self.query.rope
+    def describe_rope(self) -> str | None:
+        """The rotations that are fused, for reports; None: none is."""
+        query, key = self.query.rope, self.key.rope
+        if query is not None:
+            return query.describe() + ("" if key is not None else " (query)")
+        return None if key is None else key.describe() + " (key)"
 
     def attention_call(self) -> AttentionCall:
         """The call as a kernel is asked to serve it."""
@@ -59,7 +70,7 @@ class SiteMatch:
             key_len=k.shape[2],
             head_dim=int(q.shape[3]),
             value_head_dim=int(v.shape[3]),
-            is_causal=self.is_causal,
+            mask=self.mask.parts,
         )
 
 
@@ -72,62 +83,88 @@ class SiteMatcher:
         self._ropes = RopeMatcher(CoefficientKeys(numbers))
         self._masks = MaskProver(numbers)
 
-    def match_mask(self, sdpa: Sdpa) -> MaskForm | Miss:
+    def match_mask(self, sdpa: Sdpa) -> SiteMask | Miss:
         """What the site's mask, or its is_causal flag, lets each query see."""
-        batch, heads, query_len, _ = shape_exprs(values(sdpa)["query"])
-        key_len = to_expr(values(sdpa)["key"].shape[2])
-        if sdpa.mask is not None:
-            if sdpa.is_causal:
-                return Miss(MissCode.MASK_NOT_PROVED, "both attn_mask and is_causal are given")
-            return self._masks.prove(sdpa.mask, batch, heads, query_len, key_len)
-        return MaskForm(upper=to_expr(0)) if sdpa.is_causal else MaskForm()
+        return match_mask(sdpa, self._masks)
 
-    def match_site(self, sdpa: Sdpa, mask: MaskForm | Miss) -> SiteMatch | Miss:
+    def match_site(self, sdpa: Sdpa, mask: SiteMask | Miss) -> SiteMatch | Miss:
         """All facts about a site, given those about its mask."""
         operands = values(sdpa)
         for verdict in (check_operands(operands), check_dtypes(_qkv(sdpa)), check_shapes(sdpa)):
             if isinstance(verdict, Miss):
                 return verdict
-        is_causal = check_mask(sdpa, mask)
-        if isinstance(is_causal, Miss):
-            return is_causal
-        return self._match_operands(sdpa, is_causal)
-
-    def _match_operands(self, sdpa: Sdpa, is_causal: bool) -> SiteMatch | Miss:
+        if isinstance(mask, Miss):
+            return mask
         axes = operand_axes(sdpa)
         heads = int(axes["query"].heads)
-        query = self._rotated(sdpa.query, axes["query"], heads)
-        key = self._rotated(sdpa.key, axes["key"], 1)
-        for found in (query, key):
-            if isinstance(found, Miss):
-                return found
-        assert isinstance(query, Operand) and isinstance(key, Operand)
-        same_rope = check_same_rope(query.rope, key.rope, sdpa)
-        if isinstance(same_rope, Miss):
-            return same_rope
+        query, key, rope_miss = self._match_ropes(sdpa, axes)
         value = _placed(sdpa.value, axes["value"], 1)
-        kv_heads = max(key.source.layout.head_count, value.source.layout.head_count)
-        if key.source.layout.head_count != kv_heads:
-            again = self._rotated(sdpa.key, axes["key"], kv_heads)
-            if isinstance(again, Miss):
-                return again
-            key = again
-        if value.source.layout.head_count != kv_heads:
+        kv_heads = max(key.head_count, value.head_count)
+        if key.head_count != kv_heads:
+            key = self._again(sdpa.key, axes["key"], kv_heads, key)
+        if value.head_count != kv_heads:
             value = _placed(sdpa.value, axes["value"], kv_heads)
-        counts = {key.source.layout.head_count, value.source.layout.head_count}
-        if counts != {kv_heads} or heads % kv_heads or (key.rope is None) != (query.rope is None):
+        counts = {key.head_count, value.head_count}
+        if counts != {kv_heads} or heads % kv_heads:
             return Miss(MissCode.GQA, f"{heads} query heads, key/value heads {sorted(counts)}")
-        return SiteMatch(sdpa, query, key, value, is_causal, heads // kv_heads)
+        return SiteMatch(sdpa, query, key, value, mask, heads // kv_heads, rope_miss)
 
-    def _rotated(self, node: Node, axes: Axes, min_heads: int) -> Operand | Miss:
-        """A query or key: before its rotation if it has one, else as it comes."""
-        if self._fuse_rope:
+    def _match_ropes(
+        self, sdpa: Sdpa, axes: dict[str, Axes]
+    ) -> tuple[Operand, Operand, Miss | None]:
+        """Query and key with the rotations that may be fused, and why another may not."""
+        nodes = {"query": sdpa.query, "key": sdpa.key}
+        min_heads = {"query": int(axes["query"].heads), "key": 1}
+        found: dict[str, RopeMatch | Miss | NoRope] = {}
+        for name, node in nodes.items():
+            rope: RopeMatch | Miss | NoRope = NoRope()
+            if self._fuse_rope:
+                rope = self._ropes.match_rope(node, axes[name], min_heads[name])
+            if isinstance(rope, RopeMatch):
+                free = check_output_free(name, rope, sdpa)
+                rope = rope if isinstance(free, Ok) else free
+            found[name] = rope
+        ropes, miss = settle_ropes(found["query"], found["key"])
+        operands = {}
+        for name, node in nodes.items():
+            fused = ropes[name]
+            operands[name] = (
+                _placed(node, axes[name], min_heads[name])
+                if fused is None
+                else Operand(fused.source, fused)
+            )
+        return operands["query"], operands["key"], miss
+
+    def _again(self, node: Node, axes: Axes, min_heads: int, former: Operand) -> Operand:
+        """The operand over at least ``min_heads`` heads, its rotation fused if it was."""
+        if former.rope is not None:
             rope = self._ropes.match_rope(node, axes, min_heads)
-            if isinstance(rope, Miss):
-                return rope
             if isinstance(rope, RopeMatch):
                 return Operand(rope.source, rope)
         return _placed(node, axes, min_heads)
+
+
+def settle_ropes(
+    query: RopeMatch | Miss | NoRope, key: RopeMatch | Miss | NoRope
+) -> tuple[dict[str, RopeMatch | None], Miss | None]:
+    """Which rotations are fused, and why one that was seen is not.
+
+    Each operand is rotated by its own proved tables, so one of them may be fused alone: the key of
+    a cache is rotated before it is stored. Two rotations that are not the same are both left to
+    the model.
+    """
+    misses = [found for found in (query, key) if isinstance(found, Miss)]
+    ropes = {
+        name: found if isinstance(found, RopeMatch) else None
+        for name, found in (("query", query), ("key", key))
+    }
+    first, second = ropes["query"], ropes["key"]
+    if first is not None and second is not None:
+        same = check_same_rope(first, second)
+        if isinstance(same, Miss):
+            misses.append(same)
+            ropes = dict.fromkeys(ropes)
+    return ropes, misses[0] if misses else None
 
 
 def _placed(node: Node, axes: Axes, min_heads: int) -> Operand:
@@ -160,7 +197,8 @@ def check_shapes(sdpa: Sdpa) -> Ok | Miss:
     if not (same_batch and same_rest):
         return Miss(MissCode.RANK, f"query {q.shape}, key {k.shape}, value {v.shape} broadcast")
     hq, hk, hv = (int(t.shape[1]) for t in (q, k, v))
-    if hk != hv or (hq != hk and not sdpa.enable_gqa) or hq % hk:
+    grouped = sdpa.enable_gqa or hk == 1  # one head broadcasts to all without being asked
+    if hk != hv or (hq != hk and not grouped) or hq % hk:
         return Miss(MissCode.GQA, f"{hq} query, {hk} key and {hv} value heads")
     return OK
 
@@ -178,44 +216,26 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return bool(a == b)
 
 
-def check_mask(sdpa: Sdpa, mask: MaskForm | Miss) -> bool | Miss:
-    """Whether the call is causal; a Miss where it is neither causal nor full."""
-    if isinstance(mask, Miss):
-        return mask
-    if mask.is_full:
-        return False
-    if not mask.is_causal:
-        return Miss(MissCode.MASK_FORM, mask.describe())
-    query, key = shape_exprs(values(sdpa)["query"])[2], shape_exprs(values(sdpa)["key"])[2]
-    if query != key:
-        return Miss(MissCode.CAUSAL_ALIGNMENT, f"{query} query and {key} key tokens")
-    return True
-
-
-def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) -> Ok | Miss:
-    """Query and key carry one rotation, and nothing else needs the rotated tensors."""
-    if query is None and key is None:
-        return OK
-    if query is None or key is None:
-        which = "query" if key is None else "key"
-        return Miss(MissCode.ROPE_ONE_SIDED, f"only the {which} is rotated")
+def check_same_rope(query: RopeMatch, key: RopeMatch) -> Ok | Miss:
+    """Query and key carry one rotation."""
     windows = [(r.interleaved, r.start, r.width) for r in (query, key)]
     if windows[0] != windows[1]:
         return Miss(MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}")
     if query.keys != key.keys:
         return Miss(MissCode.ROPE_TABLES_DIFFER, lambda: _table_names(query, key))
-    for name, rope in (("query", query), ("key", key)):
-        for node in rope.region:
-            strangers = [
-                user
-                for user in node.users
-                if user not in rope.region and user is not sdpa.node
-                if not asks_metadata_only(user)
-            ]
-            if strangers:
-                return Miss(
-                    MissCode.ROPE_OUTPUT_USED, f"the rotated {name} is used by {strangers[0]}"
-                )
+    return OK
+
+
+def check_output_free(name: str, rope: RopeMatch, sdpa: Sdpa) -> Ok | Miss:
+    """Nothing but the attention needs the rotated tensor, or anything between."""
+    for node in rope.region:
+        strangers = [
+            user
+            for user in node.users
+            if user not in rope.region and user is not sdpa.node and not asks_metadata_only(user)
+        ]
+        if strangers:
+            return Miss(MissCode.ROPE_OUTPUT_USED, f"the rotated {name} is used by {strangers[0]}")
     return OK
 
 

@@ -17,11 +17,11 @@ from torch.fx import Graph, Node
 
 from lp_inductor.passes.expand import expand_site
 from lp_inductor.passes.inline import Inliner
-from lp_inductor.passes.mask import MaskForm
 from lp_inductor.passes.match import SiteMatch, SiteMatcher
-from lp_inductor.passes.result import Miss
+from lp_inductor.passes.result import Miss, MissCode
 from lp_inductor.passes.rewrite import Rewriter
 from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
+from lp_inductor.passes.site_mask import SiteMask
 
 log = logging.getLogger(__name__)
 
@@ -55,60 +55,76 @@ def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[S
     matcher = SiteMatcher(options.fuse_rope)
     rewriter = Rewriter(graph, options.smooth_k, options.smooth_v)
     inliner = Inliner()
-    sites = [_run_site(node, matcher, rewriter, inliner, decide) for node in nodes]
+    sites = []
+    for number, node in enumerate(nodes):
+        sites.append(_run_site(number, node, matcher, rewriter, inliner, decide))
     graph.lint()
     log.debug("rewrote %d of %d sites", sum(site.fused for site in sites), len(sites))
     return sites
 
 
 def _run_site(
-    node: Node, matcher: SiteMatcher, rewriter: Rewriter, inliner: Inliner, decide: Decide
+    number: int,
+    node: Node,
+    matcher: SiteMatcher,
+    rewriter: Rewriter,
+    inliner: Inliner,
+    decide: Decide,
 ) -> Site:
     sdpa, module = Sdpa.of(node), module_of(node)
     mask = matcher.match_mask(sdpa)
     match = matcher.match_site(sdpa, mask)
-    decision = decide(module, match.attention_call()) if isinstance(match, SiteMatch) else match
-    if isinstance(match, Miss) or isinstance(decision, Miss):
-        miss = match if isinstance(match, Miss) else decision
-        assert isinstance(miss, Miss)
-        site = _record(sdpa, module, mask, match, None, miss)
-        expand_site(sdpa, inliner)
+    decision: Decision | Miss
+    if isinstance(match, Miss):
+        decision = match
+    else:
+        decision = _about_mask(decide(module, match.attention_call()), match.mask)
+    if isinstance(match, SiteMatch) and isinstance(decision, Decision):
+        site = _record(sdpa, module, mask, match, decision)
+        rewriter.rewrite_site(match, decision.kernel, number)
         return site
-    site = _record(sdpa, module, mask, match, decision, None)
-    rewriter.rewrite_site(match, decision.kernel)
+    assert isinstance(decision, Miss)
+    site = _record(sdpa, module, mask, match, decision)
+    expand_site(sdpa, inliner)
     return site
+
+
+def _about_mask(decision: Decision | Miss, mask: SiteMask) -> Decision | Miss:
+    """Where a kernel takes no mask tensor, the reason is why the mask could not be proved."""
+    is_mask = isinstance(decision, Miss) and decision.code is MissCode.MASK_IS_DATA
+    return mask.unproved if is_mask and mask.unproved is not None else decision
 
 
 def _record(
     sdpa: Sdpa,
     module: str,
-    mask: MaskForm | Miss,
+    mask: SiteMask | Miss,
     match: SiteMatch | Miss,
-    decision: Decision | None,
-    miss: Miss | None,
+    decision: Decision | Miss,
 ) -> Site:
     q, k, v = (shape_for_report(values(sdpa)[n]) for n in ("query", "key", "value"))
-    rope = None
+    fused = decision if isinstance(decision, Decision) else None
+    rope, rope_miss = None, None
     if isinstance(match, SiteMatch):
         kv_heads = int(match.attention_call().kv_heads)
         k, v = (k[0], kv_heads, *k[2:]), (v[0], kv_heads, *v[2:])
-        rope = match.rope.describe() if match.rope else None
-    if miss is not None:
-        # Evaluate the detail now: the graph it speaks of will not outlive the compile.
-        miss = Miss(miss.code, miss.detail)
-    if sdpa.mask is None and not sdpa.is_causal:
-        form = "none"
-    else:
-        form = "data" if isinstance(mask, Miss) else mask.describe()
+        if fused is not None:
+            rope, rope_miss = match.describe_rope(), match.rope_miss
     return Site(
         module,
-        decision is not None,
-        rope if decision else None,
-        form,
-        decision.kernel if decision else None,
-        decision.granularity if decision else None,
-        miss,
+        fused is not None,
+        rope,
+        "unknown" if isinstance(mask, Miss) else mask.describe(),
+        fused.kernel if fused else None,
+        fused.granularity if fused else None,
+        None if isinstance(decision, Decision) else _frozen(decision),
         q,
         k,
         v,
+        None if rope_miss is None else _frozen(rope_miss),
     )
+
+
+def _frozen(miss: Miss) -> Miss:
+    """With its detail evaluated now: the graph it speaks of will not outlive the compile."""
+    return Miss(miss.code, miss.detail)

@@ -27,20 +27,19 @@ class MissCode(enum.Enum):
     HEAD_DIM = "the kernel does not serve this head_dim"
     GQA = "key/value heads are not a grouped broadcast of fewer heads"
     EMPTY = "an operand has no elements"
-    # RoPE: something rotates lanes of Q or K, but not provably as RoPE does
+    # RoPE: something rotates lanes of Q or K, and stays where it is (Site.rope_miss)
     ROPE_FORM = "lanes are mixed, but not as a half-split or interleaved rotation"
     ROPE_TABLES_DIFFER = "query and key are rotated with different tables"
     ROPE_HALVES_DIFFER = "the two lanes of a pair are rotated by different angles"
     ROPE_TABLE_AXES = "the table varies over another axis than tokens, or batch and tokens"
-    ROPE_ONE_SIDED = "a rotation is recognised on only one of query and key"
     ROPE_OUTPUT_USED = "the rotated tensor is needed elsewhere too"
     # Masks
-    MASK_IS_DATA = "the mask depends on run-time data"
-    MASK_NOT_PROVED = "the mask is built from constants, but its form is not proved"
+    MASK_IS_DATA = "the mask depends on run-time data, and the kernel takes no mask tensor"
+    MASK_NOT_PROVED = "the mask's form is not proved, and the kernel takes no mask tensor"
     MASK_FORM = "the mask is a known form that the kernel does not serve"
-    CAUSAL_ALIGNMENT = "a causal mask with different query and key lengths has two meanings"
     # Decision
     SKIPPED = "the configuration's skip patterns name this module"
+    DECODE = "one query token: reading the cache is all the work there is, and FP8 saves none of it"
     SHORT_SEQUENCE = "fewer key tokens than min_seq_len: FP8 would not pay"
     NO_KERNEL = "no registered kernel serves this device"
     KERNEL_UNAVAILABLE = "the kernel cannot run here"

@@ -18,9 +18,9 @@ After::
     out = attention + mean            # in float32, then the original dtype
 
 Where the ATen overload cannot say what is meant (its output is always bfloat16, with the query's
-head_dim), ``lp_inductor.sdpa_quantized`` takes its place.
-
-Limits: the mask is gone from the graph, so only proved full and causal masks come this far.
+head_dim, and it takes no mask but the causal one), ``lp_inductor.sdpa_quantized`` takes its place.
+A mask that is proved is gone from the graph; what is left of it to run-time data stays a tensor.
+V's mean goes with it: a query that sees no key must not get it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from lp_inductor.passes.emit import Emitter, erase_dead
+from lp_inductor.passes.emit import Emitter, emit_size, erase_dead
+from lp_inductor.passes.mask import KeyMask
 from lp_inductor.passes.match import Operand, SiteMatch
 from lp_inductor.passes.movement import shape_of, value_of
 from lp_inductor.passes.rope import RopeMatch
@@ -41,6 +42,8 @@ prims = torch.ops.prims
 
 #: Key in ``node.meta`` of a rewritten attention call: the name of the kernel that serves it.
 KERNEL_META = "lp_inductor_kernel"
+#: Key in ``node.meta`` of what replaced a rewritten site: its number among the graph's sites.
+SITE_META = "lp_inductor_site"
 
 
 class Rewriter:
@@ -51,9 +54,13 @@ class Rewriter:
         self._smooth_k = smooth_k
         self._smooth_v = smooth_v
         self._tables: dict[Table, Node] = {}
+        self._masks: dict[KeyMask | Node, Node | None] = {}
 
-    def rewrite_site(self, match: SiteMatch, kernel: str) -> None:
-        """Replace the site by quantised attention, and erase what it alone used."""
+    def rewrite_site(self, match: SiteMatch, kernel: str, number: int = 0) -> None:
+        """Replace the site by quantised attention, and erase what it alone used.
+
+        ``number`` is the site's place in the report.
+        """
         site = match.sdpa.node
         emitter = Emitter(self._graph, site)
         former_inputs = list(site.all_input_nodes)
@@ -61,10 +68,15 @@ class Rewriter:
         key, k_descale = self._quantize(emitter, match.key, 1, center=self._smooth_k)
         value, v_descale, mean = self._quantize_value(emitter, match.value)
         operands = (query, key, value, q_descale, k_descale, v_descale)
-        attention = self._attention(emitter, match, operands, kernel)
-        if mean is not None:
-            attention = _add_mean(emitter, attention, mean, match.group_size)
-        emitter.replace_site(_like(emitter, attention, site))
+        if _aten_says_it(match):
+            attention = _aten_attention(emitter, match, operands, kernel)
+            if mean is not None:
+                attention = _add_mean(emitter, attention, mean, match.group_size)
+        else:
+            attention = self._own_attention(emitter, match, (*operands, mean), kernel)
+        result = _like(emitter, attention, site)
+        result.meta[SITE_META] = number
+        emitter.replace_site(result)
         erase_dead(self._graph, former_inputs)
 
     def _quantize(
@@ -94,32 +106,44 @@ class Rewriter:
         all_three = emitter.call(torch.ops.lp_inductor.quantize_centered.default, source)
         return _outputs(emitter, all_three, 3)  # type: ignore[return-value]
 
-    def _attention(
-        self, emitter: Emitter, match: SiteMatch, operands: tuple[Node, ...], kernel: str
+    def _own_attention(
+        self, emitter: Emitter, match: SiteMatch, operands: tuple[Node | None, ...], kernel: str
     ) -> Node:
-        call = match.attention_call()
-        scale = match.sdpa.scale
-        if call.dtype == torch.bfloat16 and call.head_dim == call.value_head_dim:
-            attention = emitter.call(
-                aten._scaled_dot_product_flash_attention.quantized,
-                *operands,
-                0.0,
-                match.is_causal,
-                False,
-                scale=scale,
-            )
-            attention.meta[KERNEL_META] = kernel
-            return _outputs(emitter, attention, 1)[0]
-        attention = emitter.call(
+        form, tensor = match.mask.form, match.mask.tensor
+        if tensor is not None and tensor not in self._masks:
+            self._masks[tensor] = match.mask.emit_tensor(emitter)
+        bounds = (form.lower, form.upper, form.chunk)
+        return emitter.call(
             torch.ops.lp_inductor.sdpa_quantized.default,
             *operands,
-            match.is_causal,
-            scale,
-            call.dtype,
+            None if tensor is None else self._masks[tensor],
+            *(None if bound is None else emit_size(emitter, bound) for bound in bounds),
+            match.sdpa.scale,
+            match.attention_call().dtype,
             kernel,
         )
-        attention.meta[KERNEL_META] = kernel
-        return attention
+
+
+def _aten_says_it(match: SiteMatch) -> bool:
+    """Whether the ATen overload can say what the site means."""
+    call = match.attention_call()
+    served = call.dtype == torch.bfloat16 and call.head_dim == call.value_head_dim
+    return served and (call.is_causal or not call.mask)
+
+
+def _aten_attention(
+    emitter: Emitter, match: SiteMatch, operands: tuple[Node, ...], kernel: str
+) -> Node:
+    attention = emitter.call(
+        aten._scaled_dot_product_flash_attention.quantized,
+        *operands,
+        0.0,
+        match.attention_call().is_causal,
+        False,
+        scale=match.sdpa.scale,
+    )
+    attention.meta[KERNEL_META] = kernel
+    return _outputs(emitter, attention, 1)[0]
 
 
 def _outputs(emitter: Emitter, node: Node, count: int) -> tuple[Node, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,17 @@ from lp_inductor.passes.movement import value_of
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class MaskPart(enum.Enum):
+    """What a mask may ask of a kernel; a mask is the conjunction of its parts."""
+
+    CAUSAL = "causal"  #: key j where j <= i, as many queries as keys
+    BAND = "band"  #: key j where lower <= j - i <= upper
+    CHUNK = "chunk"  #: key j where j // chunk == i // chunk
+    KEYS = "keys"  #: a bool tensor (batch or 1, heads or 1, 1, key_len)
+    BOOL = "bool"  #: a bool tensor that varies over queries
+    BIAS = "bias"  #: a floating-point tensor that is added to the scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,12 @@ class AttentionCall:
     key_len: int | torch.SymInt
     head_dim: int
     value_head_dim: int
-    is_causal: bool
+    mask: frozenset[MaskPart] = frozenset()
+
+    @property
+    def is_causal(self) -> bool:
+        """The mask is causal, and nothing but causal."""
+        return self.mask == {MaskPart.CAUSAL}
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,15 @@ class Site:
     Attributes:
         module: qualified name of the module that calls attention, "" where unknown.
         fused: whether the call was rewritten to FP8.
-        rope: the rotary embedding fused into quantisation, such as "half[0:64]"; None: none.
-        mask: "none", "causal" or the form that was found; "data" where it is not proved.
+        rope: the rotary embedding fused into quantisation, such as "half[0:64]"; with " (query)"
+            or " (key)" where that is the only one; None: none is fused.
+        mask: "none", "causal" or the form that was proved, then what is left to a tensor: "keys"
+            (which keys count), "bool" (any bool mask) or "bias" (added to the scores).
         kernel: the kernel that serves it; None where not rewritten.
         granularity: what one quantisation scale covers; None where not rewritten.
         miss: why the call was not rewritten; None where it was.
+        rope_miss: why a rotation that was seen is left to the model's own code; None where all
+            that was seen is fused.
         query_shape, key_shape, value_shape: (batch, heads, tokens, head_dim); symbolic sizes as
             strings. Heads of key and value as before any grouped-query expansion, where known.
     """
@@ -57,6 +78,7 @@ class Site:
     query_shape: tuple[int | str, ...]
     key_shape: tuple[int | str, ...]
     value_shape: tuple[int | str, ...]
+    rope_miss: Miss | None = None
 
 
 @dataclass(frozen=True)

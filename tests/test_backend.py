@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lp_inductor
 from lp_inductor import Fp8Config, MissCode, MissError
-from tests import models, refused
+from tests import models, near_misses
 from tests.helpers import compile_fp8, compile_stock, sqnr
 from tests.test_rewrites import qkv
 
@@ -126,9 +126,8 @@ def test_a_scale_that_is_an_argument(rewrite: bool) -> None:
     """Dynamo makes a float argument symbolic once it changes."""
 
     def model(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        at = torch.arange(q.shape[2])
-        mask = None if rewrite else (at[:, None] - at[None, :]).abs() < 4
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        q = q if rewrite else q[:, :, :1]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     compiled = compile_fp8(model, dynamic=True)
     for scale in (0.1, 0.125, 0.2):
@@ -219,7 +218,7 @@ def test_sdpa_kernel_around_the_call() -> None:
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_autocast(inside: bool, rewrite: bool) -> None:
     """Autocast runs attention in bf16: a rewritten site returns bf16, a refused one is stock."""
-    attention = models.no_rope if rewrite else refused.sliding_window
+    attention = models.no_rope if rewrite else near_misses.decode
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not inside:
@@ -251,19 +250,19 @@ def test_mixed_dtypes_under_autocast() -> None:
 
 def test_on_miss_warns_once_per_code(caplog: pytest.LogCaptureFixture) -> None:
     def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return refused.sliding_window(refused.sliding_window(q, k, v), k, v)
+        return near_misses.decode(near_misses.decode(q, k, v), k, v)
 
     fresh = torch._inductor.utils.fresh_inductor_cache()
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="lp_inductor"), fresh:
         compile_fp8(twice, {"on_miss": "warn"})(*qkv())
-    said = [r.getMessage() for r in caplog.records if "MASK_FORM" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "DECODE" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("2 attention sites")
 
 
 def test_on_miss_raises() -> None:
     fresh = torch._inductor.utils.fresh_inductor_cache()
-    compiled = compile_fp8(refused.sliding_window, {"on_miss": "raise"})
-    with torch.no_grad(), fresh, pytest.raises(Exception, match="MASK_FORM") as caught:
+    compiled = compile_fp8(near_misses.decode, {"on_miss": "raise"})
+    with torch.no_grad(), fresh, pytest.raises(Exception, match="DECODE") as caught:
         compiled(*qkv())
     causes: Iterator[BaseException | None] = iter(
         [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
@@ -276,17 +275,17 @@ def test_on_miss_raises() -> None:
 
 def test_report_reads_well(tmp_path: Any) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return refused.sliding_window(models.llama(q, k, v), k, v)
+        return near_misses.decode(models.llama(q, k, v), k, v)
 
     with torch.no_grad():
         report = lp_inductor.explain(model, *qkv())
     assert (report.fused, report.rope_fused, len(report.sites), report.graphs) == (1, 1, 2, 1)
     text = str(report)
     assert "1/2 attention sites rewritten to FP8, 1 with RoPE, 1 graph" in text
-    assert "half[0:64]" in text and "MASK_FORM" in text and "2x4x16x64" in text
+    assert "half[0:64]" in text and "DECODE" in text and "2x4x16x64" in text
     report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<tr class") == 2 and "MASK_FORM" in page
+    assert page.count("<tr class") == 2 and "DECODE" in page
 
 
 def test_explain_sees_every_graph() -> None:

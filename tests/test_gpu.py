@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import lp_inductor
 from lp_inductor import AttentionCall, Fp8Config, Kernel, Miss, MissCode, Ok
-from tests import models, refused
+from tests import models, near_misses
 from tests.helpers import compile_fp8, compile_stock, sqnr
+from tests.test_near_misses import ALL
 from tests.test_rewrites import MIN_DB, REWRITTEN, qkv
 
 pytestmark = [
@@ -63,7 +65,7 @@ class Fa3Kernel(Kernel):
             k,
             v,
             softmax_scale=options["scale"],
-            causal=options["is_causal"],
+            causal=options["visible"].is_causal,
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
@@ -111,7 +113,7 @@ def test_a_kernel_that_is_not_activated_cannot_be_forced() -> None:
         compiled(*to_gpu(qkv()))
 
 
-@pytest.mark.parametrize("name", ["window", "padding", "key_table", "causal_cross"])
+@pytest.mark.parametrize("name", ["decode", "value_heads", "rank"])
 def test_refused_sites_are_stock(name: str) -> None:
     from tests.test_refusals import REFUSED
 
@@ -123,6 +125,19 @@ def test_refused_sites_are_stock(name: str) -> None:
         stock, ours = compile_stock(model)(*operands), compile_fp8(model, config)(*operands)
     assert site.miss is not None and site.miss.code is code
     assert torch.equal(stock, ours) and stock.stride() == ours.stride()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_near_misses_are_right(name: str) -> None:
+    """Masks, rotations that stay with the model, and odd groups of heads, compiled to Triton."""
+    model, operands = ALL[name]
+    operands = to_gpu(operands)
+    with torch.no_grad():
+        result = compile_fp8(model, Fp8Config(kernel="reference"), fullgraph=True)(*operands)
+        wide = [t.double() if t.is_floating_point() else t for t in operands]
+        reference = model(*wide)
+    for expected, found in zip(tree_leaves(reference), tree_leaves(result), strict=True):
+        assert sqnr(expected, found) >= 24
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -168,5 +183,5 @@ def test_centring_lifts_a_registered_kernel(fa3: str) -> None:
 
 def test_window_is_refused_before_a_kernel_is_asked(fa3: str) -> None:
     with torch.no_grad():
-        (site,) = lp_inductor.explain(refused.sliding_window, *to_gpu(qkv())).sites
+        (site,) = lp_inductor.explain(near_misses.sliding_window, *to_gpu(qkv())).sites
     assert site.miss is not None and site.miss.code is MissCode.MASK_FORM

@@ -16,6 +16,7 @@ from lp_inductor import (
     Fp8Config,
     Kernel,
     KernelError,
+    MaskPart,
     Miss,
     MissCode,
     Ok,
@@ -23,9 +24,19 @@ from lp_inductor import (
 )
 from lp_inductor.kernels import choose_kernel
 from lp_inductor.kernels.activated import ActivatedKernel
-from tests import models
-from tests.helpers import compile_fp8, compile_stock, sqnr
+from tests import models, near_misses
+from tests.helpers import (
+    canonical,
+    compile_fp8,
+    compile_stock,
+    interpret_fp8,
+    rewritten_graph,
+    sqnr,
+    stock_graph,
+)
 from tests.test_rewrites import MIN_DB, qkv
+
+PADDING = torch.arange(16)[None, :] < torch.tensor([16, 11])[:, None]
 
 
 class Counting(Kernel):
@@ -53,14 +64,19 @@ class Counting(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, *descales: Tensor, **options: Any
     ) -> Tensor:
         """Count, and compute; the result is contiguous, which is not what the graph expects."""
-        self.calls.append((key.shape, options["is_causal"], options["out_dtype"]))
+        visible = options["visible"]
+        self.calls.append((key.shape, visible.is_causal, options["out_dtype"]))
         assert query.transpose(1, 2).is_contiguous() and query.dtype == torch.float8_e4m3fn
         out = reference.sdpa_quantized(
             query,
             key,
             value,
             *descales,
-            options["is_causal"],
+            None,
+            None,
+            None,
+            visible.upper,
+            None,
             options["scale"],
             options["out_dtype"],
         )
@@ -88,7 +104,7 @@ def call(**changes: Any) -> AttentionCall:
         "key_len": 16,
         "head_dim": 64,
         "value_head_dim": 64,
-        "is_causal": True,
+        "mask": frozenset({MaskPart.CAUSAL}),
     }
     return AttentionCall(**{**fields, **changes})
 
@@ -199,3 +215,70 @@ def test_only_kernels_are_registered_and_built_ins_stay() -> None:
         lp_inductor.unregister_kernel("nobody")
     names = [kernel.name for kernel in lp_inductor.registered_kernels()]
     assert names == ["activated", "reference"]
+
+
+#: model, operands, why a kernel that takes causal masks only does not serve it
+MASKED: dict[str, tuple[Any, list[Tensor], MissCode]] = {
+    "window": (near_misses.sliding_window, qkv(), MissCode.MASK_FORM),
+    "bottom_right": (near_misses.bottom_right_causal, qkv(query_len=8), MissCode.MASK_FORM),
+    "causal_cross": (near_misses.causal_cross, qkv(query_len=8), MissCode.MASK_FORM),
+    "padding": (near_misses.padding_mask, [*qkv(), PADDING], MissCode.MASK_IS_DATA),
+    "bias": (near_misses.additive_mask, [*qkv(), torch.randn(16, 16)], MissCode.MASK_IS_DATA),
+    "one_element": (near_misses.causal_but_one_by_index, qkv(), MissCode.MASK_NOT_PROVED),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_that_the_kernel_does_not_take(counting: Counting, name: str) -> None:
+    model, operands, code = MASKED[name]
+    config = Fp8Config(kernel="counting")
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(model, *operands, config=config).sites
+        stock = stock_graph(model, *operands)
+    assert site.miss is not None and site.miss.code is code, str(site.miss)
+    ours = rewritten_graph(model, *operands, config=config)
+    assert canonical(stock) == canonical(ours) and not counting.calls
+
+
+class Banded(Counting):
+    """Takes windows and key masks, and leaves adding the mean to its caller."""
+
+    name = "banded"
+    masks = frozenset({MaskPart.CAUSAL, MaskPart.BAND, MaskPart.BOOL})
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, *descales: Tensor, **options: Any
+    ) -> Tensor:
+        """Attention over the centred values."""
+        visible = options["visible"]
+        assert options["v_mean"] is None
+        return reference.sdpa_quantized(
+            query, key, value, *descales, None, visible.tensor, visible.lower, visible.upper,
+            visible.chunk, options["scale"], options["out_dtype"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model", [near_misses.sliding_window, near_misses.causal_but_one, near_misses.causal_cross]
+)
+def test_the_mean_is_added_behind_a_kernel_that_does_not(model: Any) -> None:
+    q, k, v = qkv(kv_heads=4)
+    v = v + 1
+    lp_inductor.register_kernel(Banded())
+    try:
+        result, (site,) = interpret_fp8(model, q, k, v)
+    finally:
+        lp_inductor.unregister_kernel("banded")
+    assert site.kernel == "banded"
+    assert sqnr(model(q.double(), k.double(), v.double()), result) >= MIN_DB
+
+
+def test_hidden_queries_get_no_mean_behind_a_kernel() -> None:
+    q, k, v = qkv(query_len=16, key_len=8)
+    lp_inductor.register_kernel(Banded())
+    try:
+        result, (site,) = interpret_fp8(near_misses.bottom_right_causal, q, k, v + 1)
+    finally:
+        lp_inductor.unregister_kernel("banded")
+    assert site.kernel == "banded"
+    assert (result[:, :, :8] == 0).all() and not (result[:, :, 8:] == 0).any()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lp_inductor
 from lp_inductor import Fp8Config, ops, reference
+from lp_inductor.visibility import Visibility, visible_rows
 from tests.helpers import sqnr
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,13 +61,22 @@ def test_opcheck_sdpa_quantized(out_dtype: torch.dtype) -> None:
         quantized(heads(2)),
         quantized(heads(2, dim=8)),
     )
-    rest = (qd, kd, vd, True, None, out_dtype, "reference")
+    rest = (qd, kd, vd, None, None, None, 0, None, None, out_dtype, "reference")
     others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.sdpa_quantized, (q, k, v, *rest), test_utils=others)
     # The schema check compares inputs before and after by allclose, which FP8 does not have:
     # for it alone the same values come as float32.
     wide = (q.float(), k.float(), v.float())
     torch.library.opcheck(ops.sdpa_quantized, (*wide, *rest), test_utils="test_schema")
+
+
+@pytest.mark.parametrize("mask", [None, torch.rand(2, 1, 1, 8) > 0.3, torch.randn(1, 4, 8, 8)])
+def test_opcheck_sdpa_quantized_with_masks(mask: Tensor | None) -> None:
+    (q, qd), (k, kd) = quantized(heads(), 2), quantized(heads(2))
+    v, vd, mean = ops.quantize_centered(heads(2))
+    rest = (qd, kd, vd, mean, mask, -3, 2, 4, 0.2, torch.bfloat16, "reference")
+    others = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.sdpa_quantized, (q, k, v, *rest), test_utils=others)
 
 
 def test_quantised_operands_are_stored_by_token() -> None:
@@ -148,6 +158,65 @@ def test_eager_attention_is_close_to_float64(
     assert 24 <= sqnr(expected, result) < 40
 
 
+MASKS: dict[str, Tensor] = {
+    "keys": torch.rand(2, 1, 1, 64) > 0.3,
+    "bool": torch.rand(2, 1, 64, 64) > 0.5,
+    "bool_2d": torch.ones(64, 64, dtype=torch.bool).tril(3),
+    "heads": torch.rand(1, 4, 64, 64) > 0.5,
+    "bias": torch.randn(4, 64, 64),
+    "minus_infinity": torch.zeros(2, 1, 64, 64).masked_fill(torch.rand(64, 64) > 0.4, -torch.inf),
+    "hidden_rows": (torch.arange(64) > 8)[:, None] & (torch.rand(64, 64) > 0.2),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("smooth_v", [True, False])
+def test_eager_attention_takes_masks(name: str, kv_heads: int, smooth_v: bool) -> None:
+    q, k, v = heads(4, 64, 64), heads(kv_heads, 64, 64), heads(kv_heads, 64, 32) + 1
+    mask, config = MASKS[name], Fp8Config(smooth_v=smooth_v)
+    wide = mask if mask.dtype == torch.bool else mask.double()
+    expected = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), wide, enable_gqa=True
+    )
+    result = lp_inductor.scaled_dot_product_attention_fp8(
+        q, k, v, mask, enable_gqa=True, config=config
+    )
+    assert sqnr(expected, result) >= 24
+    hidden = (expected == 0).all(dim=-1)
+    assert (result[hidden] == 0).all() and hidden.any() == (name == "hidden_rows")
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 7), (7, 3)])
+@pytest.mark.parametrize("lower", [None, -2, 0, 3, -9])
+@pytest.mark.parametrize("upper", [None, 0, 2, -4, 9])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_visibility_is_what_it_says(
+    lengths: tuple[int, int], lower: int | None, upper: int | None, chunk: int | None
+) -> None:
+    query_len, key_len = lengths
+    keys = torch.rand(1, 1, 1, key_len) > 0.3
+    for tensor in (None, keys, torch.zeros(query_len, key_len)):
+        visible = Visibility(lower, upper, chunk, tensor)
+        dense = visible.dense(query_len, key_len, torch.device("cpu"))
+        for i in range(query_len):
+            for j in range(key_len):
+                seen = (lower is None or lower <= j - i) and (upper is None or j - i <= upper)
+                seen = seen and (chunk is None or i // chunk == j // chunk)
+                if tensor is keys:
+                    seen = seen and bool(keys[0, 0, 0, j])
+                if dense is None:
+                    assert seen
+                    continue
+                entry = dense.broadcast_to(1, 1, query_len, key_len)[0, 0, i, j]
+                assert seen == (bool(entry) if dense.dtype == torch.bool else entry == 0)
+        if dense is not None:
+            full = dense.broadcast_to(1, 1, query_len, key_len)
+            boolean = full if full.dtype == torch.bool else full == 0
+            rows = visible_rows(dense).expand(1, 1, query_len, 1)
+            assert torch.equal(rows[..., 0], boolean.any(-1))
+
+
 def test_centring_saves_values_and_keys_with_a_mean() -> None:
     q, k, v = (heads(2, 256, 64) for _ in range(3))
     k, v = k + 5 * torch.randn(1, 2, 1, 64), v + 4.0
@@ -171,7 +240,10 @@ def test_centring_saves_values_and_keys_with_a_mean() -> None:
         ({"query": torch.randn(2, 4, 8, 8)}, "head_dim"),
         ({"value": torch.randn(2, 4, 9, 16)}, "do not fit"),
         ({"value": torch.randn(2, 4, 8, 16).double()}, "dtype"),
-        ({"query": torch.randn(2, 4, 5, 16), "is_causal": True}, "is_causal"),
+        ({"attn_mask": torch.ones(8, 8, dtype=torch.bool), "is_causal": True}, "is_causal"),
+        ({"attn_mask": torch.ones(8, 8, dtype=torch.int64)}, "attn_mask must be bool"),
+        ({"attn_mask": torch.zeros(3, 1, 8, 8)}, "broadcast"),
+        ({"attn_mask": torch.zeros(1, 2, 1, 8, 8)}, "broadcast"),
         ({"query": torch.randn(2, 8, 8, 16)}, "heads over"),
     ],
 )

@@ -195,11 +195,12 @@ def test_good_models_are_rewritten(choices: Choices) -> None:
         torch.randn(2, choices.tokens, width),
         torch.ones(2, choices.tokens, dtype=torch.bool),
     )
-    unequal = choices.rotation == "half" and choices.table == "unequal"
-    # A key that is tiled after its rotation hides the rotation: it looks one-sided.
-    tiled = choices.grouping == "tile" and choices.groups > 1 and choices.rotation != "none"
-    if unequal or tiled:
-        assert not site.fused
+    assert site.fused, site
+    tiled = choices.grouping == "tile" and choices.groups > 1
+    if choices.rotation == "half" and choices.table == "unequal":
+        assert site.rope is None and site.rope_miss is not None
+    elif choices.rotation != "none":
+        # A key that is tiled after its rotation hides the rotation.
+        assert site.rope is not None and site.rope.endswith("(query)") == tiled, site
     else:
-        assert site.fused, site
-        assert (site.rope is not None) == (choices.rotation != "none"), site
+        assert site.rope is None and site.rope_miss is None

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import lp_inductor
 from lp_inductor import Fp8Config, Miss, MissCode
 from lp_inductor.passes.site import check_operands
-from tests import models, refused
+from tests import models, near_misses
 from tests.helpers import (
     canonical,
     compile_fp8,
@@ -24,41 +24,15 @@ from tests.helpers import (
 )
 from tests.test_rewrites import qkv
 
-keep = torch.ones(2, 16, dtype=torch.bool)
-keep[1, 11:] = False
-
 #: model, operands, the code it must be refused with
 REFUSED: dict[str, tuple[Any, list[Tensor], MissCode]] = {
-    "key_table": (refused.key_table_differs, qkv(), MissCode.ROPE_TABLES_DIFFER),
-    "key_shifted": (refused.key_positions_shifted, qkv(), MissCode.ROPE_TABLES_DIFFER),
-    "per_head_table": (
-        refused.per_head_table,
-        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
-        MissCode.ROPE_TABLE_AXES,
-    ),
-    "halves_differ": (refused.halves_differ, qkv(), MissCode.ROPE_HALVES_DIFFER),
-    "one_sided": (refused.only_query_rotated, qkv(), MissCode.ROPE_ONE_SIDED),
-    "wrong_sign": (refused.wrong_sign, qkv(), MissCode.ROPE_FORM),
-    "odd_pairing": (refused.odd_pairing, qkv(dim=16), MissCode.ROPE_FORM),
-    "returned": (refused.rotated_key_returned, qkv(), MissCode.ROPE_OUTPUT_USED),
-    "padding": (refused.padding_mask, [*qkv(), keep], MissCode.MASK_IS_DATA),
-    "one_element": (refused.causal_but_one, qkv(), MissCode.MASK_IS_DATA),
-    "one_by_index": (refused.causal_but_one_by_index, qkv(), MissCode.MASK_NOT_PROVED),
-    "window": (refused.sliding_window, qkv(), MissCode.MASK_FORM),
-    "bias": (
-        refused.additive_mask,
-        [*qkv(), torch.randn(2, 1, 16, 16).bfloat16()],
-        MissCode.MASK_IS_DATA,
-    ),
-    "causal_cross": (
-        refused.causal_cross,
-        qkv(query_len=8, key_len=16),
-        MissCode.CAUSAL_ALIGNMENT,
-    ),
     "rank": (models.no_rope, [t[0] for t in qkv()], MissCode.RANK),
     "dtype": (models.no_rope, [t.double() for t in qkv()], MissCode.DTYPE),
-    "heads": (refused.heads_broadcast, qkv(kv_heads=1), MissCode.GQA),
+    "batch": (models.no_rope, [qkv()[0], *(t[:1] for t in qkv()[1:])], MissCode.RANK),
     "empty": (models.no_rope, [t[:, :, :0] for t in qkv()], MissCode.EMPTY),
+    "value_heads": (models.no_rope, [*qkv()[:2], qkv(kv_heads=1)[2]], MissCode.GQA),
+    "decode": (near_misses.decode, qkv(), MissCode.DECODE),
+    "decode_causal": (models.gqa_flag, qkv(query_len=1, kv_heads=2), MissCode.DECODE),
 }
 
 
@@ -90,7 +64,7 @@ def test_graph_is_stocks_own(name: str) -> None:
 
 def test_subgraphs_of_higher_order_operators_are_left_alone() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        branches = (models.no_rope, refused.sliding_window)
+        branches = (models.no_rope, near_misses.sliding_window)
         return torch.cond(q.sum() > 0, *branches, (q, k, v))
 
     with torch.no_grad():
@@ -121,23 +95,9 @@ def test_operands_that_nothing_could_serve(operand: Any, code: MissCode) -> None
         assert isinstance(verdict, Miss) and verdict.code is code
 
 
-@pytest.mark.parametrize("name", ["key_table", "per_head_table", "halves_differ", "returned"])
-def test_unproved_rope_may_be_left_to_the_model(name: str) -> None:
-    """With fuse_rope=False the site is rewritten, and the model's own rotation stays."""
-    model, operands, _ = REFUSED[name]
-    config = Fp8Config(fuse_rope=False)
-    with torch.no_grad():
-        (site,) = lp_inductor.explain(model, *operands, config=config).sites
-        assert site.fused and site.rope is None
-        reference = tree_leaves(model(*(t.double() for t in operands)))
-        result = tree_leaves(compile_fp8(model, config)(*operands))
-    for expected, found in zip(reference, result, strict=True):
-        assert sqnr(expected, found) >= 24
-
-
 def test_dropout_is_left_alone() -> None:
     with torch.no_grad():
-        (site,) = lp_inductor.explain(refused.dropout, *qkv()).sites
+        (site,) = lp_inductor.explain(near_misses.dropout, *qkv()).sites
     assert site.miss is not None and site.miss.code is MissCode.DROPOUT
 
 

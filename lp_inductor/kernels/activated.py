@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lp_inductor.kernels.base import AttentionCall, Kernel
+from lp_inductor.kernels.base import AttentionCall, Kernel, Visibility
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
 #: Head sizes the FA3 implementation behind the ATen overload takes.
@@ -62,14 +62,16 @@ class ActivatedKernel(Kernel):
         k_descale: Tensor,
         v_descale: Tensor,
         *,
-        is_causal: bool,
+        v_mean: Tensor | None,
+        visible: Visibility,
         scale: float | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
         """Call the ATen overload."""
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.quantized(
-            query, key, value, q_descale, k_descale, v_descale, 0.0, is_causal, False, scale=scale
-        )[0]
+            query, key, value, q_descale, k_descale, v_descale, 0.0, visible.is_causal, False,
+            scale=scale,
+        )[0]  # fmt: skip
         return out.to(out_dtype)
 
 

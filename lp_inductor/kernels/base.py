@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lp_inductor.passes.result import OK, Miss, Ok
-from lp_inductor.passes.site import AttentionCall
+from lp_inductor.passes.site import AttentionCall, MaskPart
+from lp_inductor.visibility import Visibility
 
-__all__ = ["AttentionCall", "Kernel"]
+__all__ = ["AttentionCall", "Kernel", "MaskPart", "Visibility"]
 
 
 class Kernel(abc.ABC):
@@ -27,13 +28,17 @@ class Kernel(abc.ABC):
     granularity: str = "per_head"
     #: Fewest key tokens at which the kernel pays against bf16 attention.
     min_seq_len: int = 0
+    #: The parts of masks it takes, in any combination.
+    masks: frozenset[MaskPart] = frozenset({MaskPart.CAUSAL})
+    #: Whether ``run`` adds ``v_mean`` itself; otherwise that happens behind it, in float32.
+    adds_mean: bool = False
 
     @abc.abstractmethod
     def availability(self, device: torch.device) -> Ok | Miss:
         """Whether the kernel can run on ``device`` at all: packages, architecture."""
 
     def supports(self, call: AttentionCall) -> Ok | Miss:
-        """Whether the kernel serves this call; shapes, dtypes, masks."""
+        """Whether the kernel serves this call: shapes and dtypes. Masks are checked before."""
         return OK
 
     @abc.abstractmethod
@@ -46,7 +51,8 @@ class Kernel(abc.ABC):
         k_descale: Tensor,
         v_descale: Tensor,
         *,
-        is_causal: bool,
+        v_mean: Tensor | None,
+        visible: Visibility,
         scale: float | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
@@ -57,12 +63,15 @@ class Kernel(abc.ABC):
             key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
             value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
             q_descale, k_descale, v_descale: (batch, kv_heads), float32.
-            is_causal: key j is visible to query i where j <= i; lengths are then equal.
+            v_mean: (batch, kv_heads, 1, value_head_dim), float32, to be added to the result of
+                every query that sees a key; None unless ``adds_mean``.
+            visible: which keys each query sees, of the parts that ``masks`` names.
             scale: of the scores; None: head_dim ** -0.5.
             out_dtype: of the result.
 
         Returns:
-            (batch, heads, query_tokens, value_head_dim) in ``out_dtype``, any strides.
+            (batch, heads, query_tokens, value_head_dim) in ``out_dtype``, any strides; zeros for
+            queries that see no key.
         """
 
     def identity(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lp_inductor import reference
-from lp_inductor.kernels.base import Kernel
+from lp_inductor.kernels.base import Kernel, MaskPart, Visibility
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
 
@@ -18,6 +18,8 @@ class ReferenceKernel(Kernel):
     """
 
     name = "reference"
+    masks = frozenset(MaskPart)
+    adds_mean = True
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On every CPU and CUDA device."""
@@ -34,11 +36,13 @@ class ReferenceKernel(Kernel):
         k_descale: Tensor,
         v_descale: Tensor,
         *,
-        is_causal: bool,
+        v_mean: Tensor | None,
+        visible: Visibility,
         scale: float | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
         """See :func:`lp_inductor.reference.sdpa_quantized`."""
         return reference.sdpa_quantized(
-            query, key, value, q_descale, k_descale, v_descale, is_causal, scale, out_dtype
-        )
+            query, key, value, q_descale, k_descale, v_descale, v_mean, visible.tensor,
+            visible.lower, visible.upper, visible.chunk, scale, out_dtype,
+        )  # fmt: skip

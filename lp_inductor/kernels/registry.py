@@ -6,9 +6,9 @@ import difflib
 
 from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
-from lp_inductor.kernels.base import AttentionCall, Kernel
+from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart
 from lp_inductor.kernels.reference import ReferenceKernel
-from lp_inductor.passes.result import Miss, MissCode, Ok
+from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
 #: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
 _KERNELS: dict[str, Kernel] = {k.name: k for k in (ActivatedKernel(), ReferenceKernel())}
@@ -97,4 +97,16 @@ def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | M
     """Whether an available kernel serves ``call`` at the granularity the configuration asks."""
     if config.granularity not in ("auto", kernel.granularity):
         return Miss(MissCode.KERNEL_UNSUPPORTED, f"{kernel.name} has {kernel.granularity} scales")
-    return kernel.supports(call)
+    masks = check_mask_parts(kernel, call)
+    return masks if isinstance(masks, Miss) else kernel.supports(call)
+
+
+def check_mask_parts(kernel: Kernel, call: AttentionCall) -> Ok | Miss:
+    """Whether the kernel takes every part of the call's mask."""
+    missing = call.mask - kernel.masks
+    if not missing:
+        return OK
+    names = " and ".join(sorted(part.value for part in missing))
+    tensors = {MaskPart.KEYS, MaskPart.BOOL, MaskPart.BIAS}
+    code = MissCode.MASK_IS_DATA if missing & tensors else MissCode.MASK_FORM
+    return Miss(code, f"{kernel.name} takes no mask with {names}")

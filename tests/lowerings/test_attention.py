@@ -56,7 +56,7 @@ def test_the_reference_kernel_is_inlined_on_a_cpu() -> None:
     gm.recompile()
     assert not any(name in targets(gm) for name in OURS)
     operands = quantized_operands()
-    expected = reference.sdpa_quantized(*operands, True, None, torch.bfloat16)
+    expected = reference.sdpa_quantized(*operands, None, None, None, 0, None, None, torch.bfloat16)
     assert torch.equal(gm(*operands)[0], expected)
 
 

@@ -1,4 +1,4 @@
-"""Models that look like ones we rewrite, and are not: each differs from a good one in one thing."""
+"""Models that look like well-known ones, and are not: each differs from a good one in one thing."""
 
 from __future__ import annotations
 
@@ -125,3 +125,62 @@ def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def heads_broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One key/value head, broadcast by SDPA itself."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def head_groups_tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Key/value heads copied in the order 0 1 0 1, which grouped-query attention does not have."""
+    groups = q.shape[1] // k.shape[1]
+    return F.scaled_dot_product_attention(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1))
+
+
+def key_and_value_groups_differ(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys are copied in groups of neighbours, values are tiled."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat(1, groups, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The first query alone, as over a cache: left alone, for it would not pay."""
+    return F.scaled_dot_product_attention(q[:, :, :1], k, v)
+
+
+def all_hidden_rows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Causal and left padding: the first queries see nothing."""
+    return padding_mask(q, k, v, keep)
+
+
+def hidden_by_bias(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """The same by adding -inf."""
+    mask = causal_mask(q.shape[2], q.device) & keep[:, None, None, :]
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def hidden_by_lowest(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """The same by adding the lowest finite number: a row that sees nothing averages all keys."""
+    mask = causal_mask(q.shape[2], q.device) & keep[:, None, None, :]
+    lowest = torch.finfo(torch.bfloat16).min
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, lowest)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def bottom_right_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, aligned at the last token: a prompt behind a cache."""
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=j <= i + k.shape[2] - q.shape[2])
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal within chunks of four tokens."""
+    at = torch.arange(q.shape[2], device=q.device)
+    mask = (at[None, :] <= at[:, None]) & (at[None, :] // 4 == at[:, None] // 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def per_head_bias(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """ALiBi: a bias of distance times a slope per head."""
+    at = torch.arange(q.shape[2], device=q.device)
+    bias = -(at[:, None] - at[None, :]).abs() * slopes[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
