@@ -79,7 +79,10 @@ class SiteMatcher:
         if sdpa.mask is not None:
             if sdpa.is_causal:
                 return Miss(MissCode.MASK_NOT_PROVED, "both attn_mask and is_causal are given")
-            return self._masks.prove(sdpa.mask, batch, heads, query_len, key_len)
+            proof = self._masks.prove(sdpa.mask, batch, heads, query_len, key_len)
+            if isinstance(proof, Miss):
+                return proof
+            return proof.form if proof.why is None else proof.why
         return MaskForm(upper=to_expr(0)) if sdpa.is_causal else MaskForm()
 
     def match_site(self, sdpa: Sdpa, mask: MaskForm | Miss) -> SiteMatch | Miss:
