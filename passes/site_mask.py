@@ -49,7 +49,7 @@ class SiteMask:
         names = [] if self.form.is_full else [self.form.describe()]
         tensors = (MaskPart.KEYS, MaskPart.BOOL, MaskPart.BIAS)
         names += [part.value for part in tensors if part in self.parts]
-        return ", ".join(names) or "none"
+        return " + ".join(names) or "none"
 
     def emit_tensor(self, emitter: Emitter) -> Node | None:
         """The tensor with four dimensions, each of its full size or of size 1."""

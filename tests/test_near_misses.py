@@ -44,8 +44,8 @@ ONE_SIDED: dict[str, tuple[Any, list[Tensor], str, MissCode | None]] = {
 }
 #: model, operands, the mask's description
 MASKS: dict[str, tuple[Any, list[Tensor], str]] = {
-    "padding": (near_misses.padding_mask, [*qkv(), right_padding], "causal, keys"),
-    "left_padding": (near_misses.all_hidden_rows, [*qkv(), left_padding], "causal, keys"),
+    "padding": (near_misses.padding_mask, [*qkv(), right_padding], "causal + keys"),
+    "left_padding": (near_misses.all_hidden_rows, [*qkv(), left_padding], "causal + keys"),
     "hidden_by_bias": (near_misses.hidden_by_bias, [*qkv(), left_padding], "bias"),
     "hidden_by_lowest": (near_misses.hidden_by_lowest, [*qkv(), left_padding], "bias"),
     "one_element": (near_misses.causal_but_one, qkv(), "bool"),

@@ -20,7 +20,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lp_inductor.passes.mask import MaskForm, MaskProver
+from lp_inductor.passes.mask import MaskForm, MaskProof, MaskProver
 from lp_inductor.passes.movement import shape_of, value_of
 from lp_inductor.passes.result import Miss, MissCode
 
@@ -87,7 +87,8 @@ def trace(
 
 
 def prove(traced: Traced) -> Answer:
-    return MaskProver().prove(traced.mask, *traced.sizes)
+    answer = MaskProver().prove(traced.mask, *traced.sizes)
+    return answer.form if isinstance(answer, MaskProof) and answer.rest is None else answer
 
 
 def draw(form: MaskForm, sizes: Sizes, symbols: dict[sympy.Symbol, int]) -> Tensor:
