@@ -15,10 +15,11 @@ from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
 from lp_inductor.passes.mask import MaskForm, MaskProver
-from lp_inductor.passes.placement import Axes, Placement, match_placement
+from lp_inductor.passes.placement import Axes, match_placement
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.rope import RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
+from lp_inductor.passes.sources import Source
 from lp_inductor.passes.values import ValueNumbers
 
 
@@ -26,7 +27,7 @@ from lp_inductor.passes.values import ValueNumbers
 class Operand:
     """Query, key or value: where it lives, and how it is rotated if it is."""
 
-    source: Placement
+    source: Source
     rope: RopeMatch | None = None
 
 
@@ -106,15 +107,15 @@ class SiteMatcher:
         if isinstance(same_rope, Miss):
             return same_rope
         value = _placed(sdpa.value, axes["value"], 1)
-        kv_heads = max(key.source.layout.head_count, value.source.layout.head_count)
-        if key.source.layout.head_count != kv_heads:
+        kv_heads = max(key.source.head_count, value.source.head_count)
+        if key.source.head_count != kv_heads:
             again = self._rotated(sdpa.key, axes["key"], kv_heads)
             if isinstance(again, Miss):
                 return again
             key = again
-        if value.source.layout.head_count != kv_heads:
+        if value.source.head_count != kv_heads:
             value = _placed(sdpa.value, axes["value"], kv_heads)
-        counts = {key.source.layout.head_count, value.source.layout.head_count}
+        counts = {key.source.head_count, value.source.head_count}
         if counts != {kv_heads} or heads % kv_heads or (key.rope is None) != (query.rope is None):
             return Miss(MissCode.GQA, f"{heads} query heads, key/value heads {sorted(counts)}")
         return SiteMatch(sdpa, query, key, value, is_causal, heads // kv_heads)
@@ -202,6 +203,8 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
     windows = [(r.interleaved, r.start, r.width) for r in (query, key)]
     if windows[0] != windows[1]:
         return Miss(MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}")
+    if query.permutation != key.permutation:
+        return Miss(MissCode.ROPE_FORM, "query and key have their lanes in different orders")
     if query.keys != key.keys:
         return Miss(MissCode.ROPE_TABLES_DIFFER, lambda: _table_names(query, key))
     for name, rope in (("query", query), ("key", key)):
