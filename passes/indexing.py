@@ -102,9 +102,37 @@ def _split(
         return quotient, None
     if rest.is_Integer and divisor.is_Integer:
         return quotient + int(rest) // int(divisor), None
-    if rest in bounds and bounds[rest].is_Integer and divisor.is_Integer:
-        return (quotient, None) if int(bounds[rest]) <= int(divisor) else (quotient, rest)
-    return quotient, rest
+    within = is_nonnegative(rest, bounds) and is_nonnegative(divisor - 1 - rest, bounds)
+    return (quotient, None) if within else (quotient, rest)
+
+
+def is_nonnegative(expr: sympy.Expr, bounds: Bounds) -> bool:
+    """Whether ``expr >= 0`` is proved wherever each axis symbol is at least 0 and below its bound.
+
+    Proved for expressions that are linear in the axis symbols, whatever the sizes are.
+    """
+    return _is_nonnegative(expr, frozenset(bounds.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_nonnegative(
+    expr: sympy.Expr, bound_items: frozenset[tuple[sympy.Symbol, sympy.Expr]]
+) -> bool:
+    lowest = sympy.expand(expr)
+    for symbol, bound in bound_items:
+        slope = lowest.coeff(symbol, 1)
+        if slope != 0:
+            at = ZERO if slope.is_nonnegative else bound - 1
+            if not (slope.is_nonnegative or slope.is_nonpositive):
+                return False
+            lowest = sympy.expand(lowest.subs(symbol, at))
+    if any(symbol in lowest.free_symbols for symbol, _ in bound_items):
+        return False
+    # Sizes are at least 1: with s = 1 + (s - 1) no term may be negative.
+    sizes = [s for s in lowest.free_symbols if s.is_positive]
+    above_one = {s: 1 + sympy.Dummy(integer=True, nonnegative=True) for s in sizes}
+    terms = sympy.Add.make_args(sympy.expand(lowest.subs(above_one)))
+    return all(term.is_nonnegative for term in terms)
 
 
 def pull_view(

@@ -88,6 +88,12 @@ def on(kind: type, **changes: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return change
 
 
+def negated(table: Any) -> Any:
+    """The table of the inverse rotation, or of its inverse."""
+    source = dataclasses.replace(table.source, negate=not table.source.negate)
+    return dataclasses.replace(table, source=source)
+
+
 def later(form: Any) -> Any:
     """A mask that shows one key more."""
     return dataclasses.replace(form, upper=form.upper + 1) if form.upper is not None else form
@@ -129,7 +135,7 @@ MUTANTS: dict[str, Patch] = {
         rope.RopeMatcher, "match_rope", on(rope.RopeMatch, width=lambda m: m.width - 2)
     ),
     "sin negated": changed(
-        rope.RopeMatcher, "match_rope", on(rope.RopeMatch, sin=lambda m: m.sin.negated())
+        rope.RopeMatcher, "match_rope", on(rope.RopeMatch, sin=lambda m: negated(m.sin))
     ),
     "cos and sin swapped": changed(
         rope.RopeMatcher,
