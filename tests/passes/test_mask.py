@@ -39,6 +39,20 @@ def put(mask: Tensor, where: Tensor) -> Tensor:
     return torch.index_put(mask, (where,), torch.zeros((), dtype=torch.bool))
 
 
+def overwritten(s: Sizes) -> Tensor:
+    """Causal, written in place."""
+    mask = ones(s)
+    mask[:, 1:] = False
+    mask[1:, 1:] = columns(s)[:, 1:] <= rows(s)[1:]
+    return mask
+
+
+def one_overwritten(s: Sizes) -> Tensor:
+    mask = below(s)
+    mask[0, 3] = True
+    return mask
+
+
 def aligned_right(s: Sizes) -> Tensor:
     """Causal so that the last query sees every key."""
     offset: int = s.keys - s.queries
@@ -166,6 +180,8 @@ BANDS: dict[str, tuple[Build, MaskForm]] = {
         ),
         CAUSAL,
     ),
+    "written in place": (overwritten, CAUSAL),
+    "a number as a tensor": (lambda s: below(s) & torch.tensor(True), CAUSAL),
     "put where False": (lambda s: put(ones(s), ~below(s)), CAUSAL),
     "tiled": (
         lambda s: (
@@ -217,6 +233,7 @@ BOUNDED: dict[str, tuple[Build, str]] = {
     "wrapped product": (lambda s: columns(s) * 2**62 <= rows(s) * 2**62, "full + mask"),
     "wrapped int32": (lambda s: columns(s).int() * 2**30 <= rows(s).int() * 2**30, "full + mask"),
     "bits of integers": (lambda s: (distance(s).clamp_min(0) & 2) == 0, "full + mask"),
+    "one element written": (one_overwritten, "full + mask"),
     "wider than a band": (lambda s: below(s) & (distance(s) * distance(s) < 9), "causal + mask"),
     "shifted chunks": (
         lambda s: below(s) & ((rows(s) + 1) // 4 == (columns(s) + 1) // 4),
