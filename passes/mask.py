@@ -34,7 +34,7 @@ from lp_inductor.passes.mask_forms import (
 )
 from lp_inductor.passes.mask_keys import KeyMask, plan_keys, symbol_sources
 from lp_inductor.passes.mask_ops import nonzero
-from lp_inductor.passes.mask_rules import FILLS, RULES
+from lp_inductor.passes.mask_rules import FILLS, RULES, baked_number
 from lp_inductor.passes.mask_values import (
     HIDDEN,
     ONE,
@@ -200,6 +200,8 @@ def _data_source(mask: Node) -> Node | None:
         if node in seen or not isinstance(value_of(node), torch.Tensor | list | tuple):
             continue
         seen.add(node)
+        if baked_number(node) is not None:
+            continue
         if node.op != "call_function" or _is_unpredictable(node):
             return node
         if node.target not in FILLS:

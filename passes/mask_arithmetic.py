@@ -41,7 +41,7 @@ class Arithmetic:
         self._ranges: dict[sympy.Symbol, tuple[int, int]] = {}
 
     def declare(self, symbol: sympy.Symbol, low: int, high: int) -> None:
-        """``low <= symbol <= high``: the element of a run-time tensor, of any value its dtype has."""
+        """``low <= symbol <= high``: an element of a run-time tensor."""
         self._ranges[symbol] = (low, high)
 
     def range_of(self, expr: sympy.Expr) -> tuple[int, int] | None:

@@ -72,7 +72,7 @@ class Elements:
         return self._known[key]
 
     def _computed(self, node: Node, index: Index, region: Region) -> Value:
-        rule = self._rules.get(node.target) if node.op == "call_function" else None
+        rule = self._rules.get(node.target if node.op == "call_function" else node.op)
         try:
             if rule is None:
                 raise NotProved(f"no rule for {node.target}")

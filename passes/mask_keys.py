@@ -32,7 +32,6 @@ from lp_inductor.passes.mask_forms import tests_of
 from lp_inductor.passes.mask_values import (
     ONE,
     ZERO,
-    Branch,
     Leaf,
     Region,
     Value,
@@ -109,16 +108,32 @@ def plan_keys(
 
 
 def _comparison(region: Region, test: sympy.Expr) -> Comparison:
+    """``test >= 0`` with its terms on two sides such that neither can overflow.
+
+    An element of run-time data may be any integer, so it stands alone.
+    """
     coefficients, constant = region.arithmetic.row(test)
-    left = sympy.Add(*(c * term for term, c in coefficients.items() if c > 0))
-    right = sympy.Add(*(-c * term for term, c in coefficients.items() if c < 0))
-    ways = [Comparison(left + constant, False, right), Comparison(left, False, right - constant)]
+    terms = [(c * term, region.arithmetic.range_of(term)) for term, c in coefficients.items()]
+    data_up = sympy.Add(*(t for t, known in terms if known and not _is_negated(t)))
+    data_down = sympy.Add(*(-t for t, known in terms if known and _is_negated(t)))
+    up = sympy.Add(*(t for t, known in terms if not known and not _is_negated(t)))
+    down = sympy.Add(*(-t for t, known in terms if not known and _is_negated(t)))
+    ways = [
+        Comparison(up + data_up + constant, False, down + data_down),
+        Comparison(up + data_up, False, down + data_down - constant),
+        Comparison(data_up, False, data_down + down - up - constant),
+        Comparison(data_up + up - down + constant, False, data_down),
+    ]
     if constant == -1:
-        ways.append(Comparison(left, True, right))
+        ways.append(Comparison(up + data_up, True, down + data_down))
     for way in ways:
         if all(is_exact(region, side, torch.int64) for side in (way.left, way.right)):
             return way
     raise NotProved(f"{test} >= 0 may overflow")
+
+
+def _is_negated(term: sympy.Expr) -> bool:
+    return bool(term.as_coeff_Mul()[0] < 0)
 
 
 def _source(region: Region, symbol: sympy.Symbol, atom: Atom) -> Source:
@@ -316,9 +331,10 @@ class _KeyEmitter:
             if clamped or not offset.is_Integer or axis in axes or axis not in (*_DIMS, 0):
                 return None
             axes += [axis] if axis != 0 else []
-        if index == tuple(axis if axis in axes else 0 for axis in (BATCH, HEAD, 0, KEY)):
-            if shape_of(node) == tuple(self._sizes[a] if a in axes else 1 for a in _ORDER):
-                return node
+        read = [axis if axis in axes else None for axis in (BATCH, HEAD, None, KEY)]
+        whole = tuple(sympy.S.One if axis is None else self._sizes[axis] for axis in read)
+        if index == tuple(axis or sympy.S.Zero for axis in read) and shape_of(node) == whole:
+            return node
         for dim, entry in reversed(list(enumerate(index))):
             if entry.is_Integer:
                 node = self._call(aten.select.int, node, dim, int(entry))
@@ -353,9 +369,6 @@ class _KeyEmitter:
                 place = self._call(aten.clamp_max.default, place, last)
             places.append(place)
         return self._call(aten.index.Tensor, node, places)
-
-
-_ORDER = (BATCH, HEAD, None, KEY)
 
 
 def _is_tensor(value: Any) -> bool:

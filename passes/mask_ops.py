@@ -13,8 +13,17 @@ import sympy
 import torch
 
 from lp_inductor.passes.mask_arithmetic import NotProved
-from lp_inductor.passes.mask_values import HIDDEN, ONE, ZERO, Leaf, LeafRule, Region, Value
-from lp_inductor.passes.mask_values import choose, lift
+from lp_inductor.passes.mask_values import (
+    HIDDEN,
+    ONE,
+    ZERO,
+    Leaf,
+    LeafRule,
+    Region,
+    Value,
+    choose,
+    lift,
+)
 
 aten = torch.ops.aten
 

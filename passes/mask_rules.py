@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._sympy.functions import FloorDiv
 
@@ -112,6 +113,33 @@ def _fill(elements: Elements, node: Node, index: Index, region: Region) -> Value
     value = Leaf(scalar(_FILLS[node.target](node)))
     dtype = value_of(node).dtype
     return lift(region, ops.nonzero, [value]) if dtype == torch.bool else value
+
+
+def _copy(elements: Elements, node: Node, index: Index, region: Region) -> Value:
+    """The second operand, broadcast to the shape of the first and converted to its dtype."""
+    source = cast(Node, node.args[1])
+    inner = broadcast(index, shape_of(node), shape_of(source))
+    return _as_dtype(region, elements.value(source, inner, region), value_of(node).dtype)
+
+
+def _constant(elements: Elements, node: Node, index: Index, region: Region) -> Value:
+    number = baked_number(node)
+    if number is None:
+        raise NotProved(f"{node.name} is a tensor of the model")
+    return Leaf(scalar(number))
+
+
+def baked_number(node: Node) -> Any:
+    """The number that tracing made a tensor of, as in ``mask[0] = True``; None for other nodes."""
+    module = node.graph.owning_module
+    if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
+        return None
+    tensor = getattr(module, str(node.target), None)
+    copied = all(user.target is aten.lift_fresh_copy.default for user in node.users)
+    if type(tensor) is not torch.Tensor or tensor.numel() != 1 or not copied:
+        return None  # only a copy can be written to: the tensor itself keeps its value
+    with unset_fake_temporarily():
+        return tensor.item()
 
 
 def _as_dtype(region: Region, value: Value, dtype: torch.dtype) -> Value:
@@ -345,6 +373,8 @@ def _reduce(elements: Elements, node: Node, index: Index, region: Region) -> Val
     sizes = shape_of(source)
     given = argument(node, 1, "dim", None)
     dims = range(len(sizes)) if given is None else [given] if isinstance(given, int) else given
+    if given == []:
+        raise NotProved(f"{node.name} reduces no dimension, or all")
     reduced = {dim % len(sizes) for dim in dims}
     keepdim = argument(node, 2, "keepdim", False)
     kept = iter(entry for d, entry in enumerate(index) if not (keepdim and d in reduced))
@@ -382,6 +412,9 @@ RULES: dict[Any, Rule] = {
     **{getattr(aten.arange, name): _progression for name in ("default", "start", "start_step")},
     prims.convert_element_type.default: _convert,
     aten._to_copy.default: _convert,
+    aten.copy.default: _copy,
+    aten.fill.Tensor: _copy,
+    "get_attr": _constant,
     aten.div.Tensor_mode: _quotient,
     aten.div.Scalar_mode: _quotient,
     aten.floor_divide.default: _quotient,
