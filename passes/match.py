@@ -14,6 +14,7 @@ from torch.fx import Node
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
+from lp_inductor.passes.joins import is_overwritten
 from lp_inductor.passes.mask import MaskForm, MaskProver
 from lp_inductor.passes.placement import Axes, match_placement
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
@@ -213,7 +214,7 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
                 user
                 for user in node.users
                 if user not in rope.region and user is not sdpa.node
-                if not asks_metadata_only(user)
+                if not asks_metadata_only(user) and not is_overwritten(user)
             ]
             if strangers:
                 return Miss(

@@ -31,11 +31,6 @@ keep[1, 11:] = False
 REFUSED: dict[str, tuple[Any, list[Tensor], MissCode]] = {
     "key_table": (refused.key_table_differs, qkv(), MissCode.ROPE_TABLES_DIFFER),
     "key_shifted": (refused.key_positions_shifted, qkv(), MissCode.ROPE_TABLES_DIFFER),
-    "per_head_table": (
-        refused.per_head_table,
-        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
-        MissCode.ROPE_TABLE_AXES,
-    ),
     "halves_differ": (refused.halves_differ, qkv(), MissCode.ROPE_HALVES_DIFFER),
     "one_sided": (refused.only_query_rotated, qkv(), MissCode.ROPE_ONE_SIDED),
     "wrong_sign": (refused.wrong_sign, qkv(), MissCode.ROPE_FORM),
@@ -121,7 +116,7 @@ def test_operands_that_nothing_could_serve(operand: Any, code: MissCode) -> None
         assert isinstance(verdict, Miss) and verdict.code is code
 
 
-@pytest.mark.parametrize("name", ["key_table", "per_head_table", "halves_differ", "returned"])
+@pytest.mark.parametrize("name", ["key_table", "halves_differ", "returned"])
 def test_unproved_rope_may_be_left_to_the_model(name: str) -> None:
     """With fuse_rope=False the site is rewritten, and the model's own rotation stays."""
     model, operands, _ = REFUSED[name]
