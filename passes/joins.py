@@ -204,6 +204,14 @@ def _follow_symbol(
     return None if join.base is None else (join.base, entry, False)
 
 
+def is_overwritten(node: Node) -> bool:
+    """Whether a view is only what in-place copies write into: its values are not read."""
+    return bool(node.users) and all(
+        user.target is aten.copy.default and user.args[0] is node and user.args[1] is not node
+        for user in node.users
+    )
+
+
 #: Operators whose result holds whatever the memory held.
 _UNINITIALISED = {
     aten.empty.memory_format,

@@ -99,8 +99,8 @@ class LaneTracker:
 
     ``stop`` names a node to be taken as a source, not looked through. ``visited`` collects the
     nodes that were, ``products`` those of them that multiply two elements. ``cuts`` collects the
-    tokens at which the operand is put together: there a join was taken as a source, since none
-    of its pieces has all tokens.
+    values of the token symbol at which the operand is put together: there a join was taken as a
+    source, since none of its pieces has all tokens.
     """
 
     def __init__(self, bounds: Bounds, stop: Node | None = None) -> None:

@@ -16,6 +16,7 @@ from torch.fx import Node
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
+from lp_inductor.passes.joins import is_overwritten
 from lp_inductor.passes.mask import MaskProver
 from lp_inductor.passes.placement import Axes, match_placement
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
@@ -234,7 +235,8 @@ def check_output_free(name: str, rope: RopeMatch, sdpa: Sdpa) -> Ok | Miss:
         strangers = [
             user
             for user in node.users
-            if user not in rope.region and user is not sdpa.node and not asks_metadata_only(user)
+            if user not in rope.region and user is not sdpa.node
+            if not asks_metadata_only(user) and not is_overwritten(user)
         ]
         if strangers:
             return Miss(MissCode.ROPE_OUTPUT_USED, f"the rotated {name} is used by {strangers[0]}")

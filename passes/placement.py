@@ -24,7 +24,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.emit import Emitter
+from lp_inductor.passes.emit import Emitter, can_size
 from lp_inductor.passes.indexing import (
     BATCH,
     HEAD,
@@ -149,11 +149,10 @@ class Placement:
 
     @property
     def can_emit(self) -> bool:
-        """Whether :meth:`emit` needs no symbolic numbers."""
-        if self.layout.tokens is None:
-            return bool(self.token_count.is_Integer)
+        """Whether all the numbers that :meth:`emit` needs can be told."""
         numbers = (self.layout.token_start, self.token_count)
-        return self.reads_all_tokens or all(n.is_Integer for n in numbers)
+        reads_all = self.layout.tokens is not None and self.reads_all_tokens
+        return reads_all or all(can_size(self.node.graph, n) for n in numbers)
 
     def emit(self, emitter: Emitter) -> Node:
         """Nodes that view it as (batch or 1, head_count, token_count, lane_count)."""
@@ -164,7 +163,8 @@ class Placement:
         node = self._narrow(emitter, node)
         node = _arrange(emitter, node, axes, fixed)
         if self.layout.tokens is None and self.token_count != 1:
-            node = emitter.call(aten.expand.default, node, [-1, -1, int(self.token_count), -1])
+            tokens = emitter.size(self.token_count)
+            node = emitter.call(aten.expand.default, node, [-1, -1, tokens, -1])
         return emitter.call(aten.neg.default, node) if self.negate else node
 
     def _narrow(self, emitter: Emitter, node: Node) -> Node:
@@ -175,9 +175,9 @@ class Placement:
             node = emitter.call(aten.slice.Tensor, node, lanes, first, end, step)
         tokens = self.layout.tokens
         if tokens is not None and not self.reads_all_tokens:
-            start = int(self.layout.token_start)
-            end = start + int(self.token_count)
-            node = emitter.call(aten.slice.Tensor, node, tokens, start, end)
+            first_token = self.layout.token_start
+            limits = [emitter.size(n) for n in (first_token, first_token + self.token_count)]
+            node = emitter.call(aten.slice.Tensor, node, tokens, *limits)
         return node
 
 

@@ -33,6 +33,7 @@ import sympy
 from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
+from lp_inductor.passes.emit import can_size
 from lp_inductor.passes.indexing import is_nonnegative
 from lp_inductor.passes.lanes import LaneTracker, Term
 from lp_inductor.passes.movement import Element
@@ -135,7 +136,7 @@ class RopeMatcher:
                 MissCode.ROPE_TABLE_AXES,
                 f"the table varies over {heads} heads, the rotated tensor has {source.head_count}",
             )
-        tables = _token_tables(runs, rotations, groups)
+        tables = _token_tables(runs, rotations, operand)
         if tables is None:
             return Miss(MissCode.ROPE_TABLE_AXES, "the tables of the tokens do not fit together")
         keys: tuple[Hashable, ...] = tuple(_run_keys(axes, found) for axes, found in runs)
@@ -165,24 +166,23 @@ def _token_runs(operand: Node, axes: Axes) -> list[tuple[Axes, list[Term]]]:
 def _inner_cut(cuts: Sequence[sympy.Expr], part: Axes) -> sympy.Expr | None:
     """A cut, counted from the start of the run, that provably leaves tokens on both sides."""
     for cut in cuts:
-        start = sympy.expand(cut - part.token_start)
-        inside = (start - 1, part.tokens - start - 1)
+        inside = (cut - 1, part.tokens - cut - 1)
         if all(is_nonnegative(n, {}) for n in inside):
-            return start
+            return cut
     return None
 
 
 def _token_tables(
     runs: Sequence[tuple[Axes, Rotation | NoRope]],
     rotations: Sequence[Rotation],
-    groups: Sequence[Sequence[Source]],
+    operand: Node,
 ) -> tuple[Table, Table] | None:
     """Cos and sin of all tokens; tokens that do not turn have cos = 1 and sin = 0."""
     result: list[Table] = []
     for name, value in (("cos", 1.0), ("sin", 0.0)):
         tables: list[Table] = [getattr(r, name) for r in rotations]
         if len(runs) > 1:
-            joined = _join_runs(name, value, tables, runs, rotations, groups)
+            joined = _join_runs(name, value, tables, runs, rotations, operand)
             if joined is None:
                 return None
             tables = [joined]
@@ -196,7 +196,7 @@ def _join_runs(
     tables: list[Table],
     runs: Sequence[tuple[Axes, Rotation | NoRope]],
     rotations: Sequence[Rotation],
-    groups: Sequence[Sequence[Source]],
+    operand: Node,
 ) -> Table | None:
     if len({table.width for table in tables}) > 1:
         wide = []
@@ -209,16 +209,13 @@ def _join_runs(
         tables = wide
     dtype, device = dtype_and_device(tables[0])
     fills: list[Filled | None] = []
-    for (axes, found), group in zip(runs, groups, strict=True):
+    for axes, found in runs:
         if isinstance(found, Rotation):
             fills.append(None)
             continue
-        like = next((s for s in reversed(group) if s.can_emit), None)
-        if axes.tokens.is_Integer:
-            like = None
-        elif like is None:
+        if not can_size(operand.graph, axes.tokens):
             return None
-        fills.append(Filled(value, axes.tokens, tables[0].width, dtype, device, like))
+        fills.append(Filled(value, axes.tokens, tables[0].width, dtype, device))
     return join_tables(tables, fills)
 
 

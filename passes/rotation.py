@@ -138,13 +138,22 @@ def _anchors(terms: list[Term], axes: Axes) -> list[Element]:
         anchors = {
             e.node: e
             for trail in lane_terms[0].factors
-            for e in trail
+            for e in map(_with_lanes, trail)
             if e.node in shared and not value_of(e.node).is_complex() and _axis_count(e, axes)
         }
         if anchors:
             deepest_first = list(reversed(anchors.values()))
             return sorted(deepest_first, key=lambda e: -_axis_count(e, axes))
     return []
+
+
+def _with_lanes(element: Element) -> Element:
+    """Let the last dimension be the lanes where a single lane was selected from it."""
+    index = element.index
+    last = concrete_lanes(index[-1], 1) if index else None
+    if last is None or any(isinstance(entry, Lanes) for entry in index):
+        return element
+    return replace(element, index=(*index[:-1], last))
 
 
 def _axis_count(element: Element, axes: Axes) -> int:

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.emit import Emitter
+from lp_inductor.passes.emit import Emitter, can_size
 from lp_inductor.passes.placement import Placement, deepest
 
 aten = torch.ops.aten
@@ -28,32 +28,23 @@ TOKENS, LANES = 2, 3
 
 @dataclass(frozen=True)
 class Filled:
-    """A table of one value, (1, 1, token_count, lane_count): what leaves tokens as they are.
-
-    ``like``: a tensor with as many tokens, for where their number is symbolic.
-    """
+    """A table of one value, (1, 1, token_count, lane_count): what leaves tokens as they are."""
 
     value: float
     token_count: sympy.Expr
     lane_count: int
     dtype: torch.dtype
     device: torch.device
-    like: Source | None = None
     head_count: int = 1
     batch_size: sympy.Expr = sympy.S.One
     can_emit: bool = True
 
     def emit(self, emitter: Emitter) -> Node:
         """Nodes that make it."""
-        if self.like is None:
-            shape = [1, 1, int(self.token_count), self.lane_count]
-            return emitter.call(
-                aten.full.default, shape, self.value, dtype=self.dtype, device=self.device
-            )
-        node = self.like.emit(emitter)
-        for dim, end in ((0, 1), (1, 1), (LANES, self.lane_count)):
-            node = emitter.call(aten.slice.Tensor, node, dim, 0, end)
-        return emitter.call(aten.full_like.default, node, self.value, dtype=self.dtype)
+        shape = [1, 1, emitter.size(self.token_count), self.lane_count]
+        return emitter.call(
+            aten.full.default, shape, self.value, dtype=self.dtype, device=self.device
+        )
 
 
 @dataclass(frozen=True)
@@ -88,10 +79,11 @@ class Joined:
 
     @property
     def can_emit(self) -> bool:
-        """Whether :meth:`emit` needs no symbolic numbers."""
-        batch = self.batch_size
+        """Whether all the numbers that :meth:`emit` needs can be told."""
+        node, batch = first_node(self), self.batch_size
         same_batch = all(part.batch_size == batch for part in self.parts)
-        return (same_batch or bool(batch.is_Integer)) and all(p.can_emit for p in self.parts)
+        tells_batch = same_batch or (node is not None and can_size(node.graph, batch))
+        return tells_batch and all(part.can_emit for part in self.parts)
 
     def emit(self, emitter: Emitter) -> Node:
         """Nodes that join the parts as (batch or 1, head_count, tokens, lanes)."""
@@ -100,9 +92,9 @@ class Joined:
 
     def _expanded(self, emitter: Emitter, part: Source) -> Node:
         node = part.emit(emitter)
-        sizes = [-1, -1, -1, -1]
+        sizes: list[int | Node] = [-1, -1, -1, -1]
         if part.batch_size != self.batch_size:
-            sizes[0] = int(self.batch_size)
+            sizes[0] = emitter.size(self.batch_size)
         if part.head_count != self.head_count:
             sizes[1] = self.head_count
         changed = sizes != [-1, -1, -1, -1]

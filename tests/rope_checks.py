@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lp_inductor import reference
 from lp_inductor.passes.coefficients import CoefficientKeys
@@ -36,18 +39,27 @@ class Recorder(Interpreter):
 
 
 def functional_trace(
-    function: Callable[..., Any], *inputs: Tensor, symbolic: bool = False
+    function: Callable[..., Any], *inputs: Tensor, dynamic: int | None = None
 ) -> GraphModule:
-    """The functional ATen graph, as AOTAutograd and Inductor's decompositions make it."""
+    """The functional ATen graph, as AOTAutograd and Inductor's decompositions make it.
+
+    ``dynamic``: the number of a dimension that is symbolic in every input that has it.
+    """
     from torch._inductor.decomposition import select_decomp_table
 
-    mode = "symbolic" if symbolic else "fake"
-    with torch.no_grad():
-        return make_fx(
-            dispatch_functionalize(function),
-            decomposition_table=select_decomp_table(),
-            tracing_mode=mode,
-        )(*inputs)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [_fake(mode, t, dynamic) for t in inputs]
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        return make_fx(dispatch_functionalize(function), decomposition_table=select_decomp_table())(
+            *fakes
+        )
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: int | None) -> Tensor:
+    kinds = [DimDynamic.STATIC] * tensor.dim()
+    if dynamic is not None and dynamic < tensor.dim() and tensor.shape[dynamic] > 1:
+        kinds[dynamic] = DimDynamic.DYNAMIC
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
 def operand_of(gm: GraphModule) -> Node:
@@ -65,13 +77,13 @@ def axes_of(operand: Node) -> Axes:
 
 
 def find_rope(
-    function: Callable[..., Tensor], *inputs: Tensor, min_heads: int = 1, symbolic: bool = False
+    function: Callable[..., Tensor], *inputs: Tensor, min_heads: int = 1, dynamic: int | None = None
 ) -> RopeMatch | NoRope | Miss:
     """Match the rotation that ends in what ``function`` returns; check a match on numbers.
 
     A match that is off by more than float32 rounding fails the test.
     """
-    gm = functional_trace(function, *inputs, symbolic=symbolic)
+    gm = functional_trace(function, *inputs, dynamic=dynamic)
     operand = operand_of(gm)
     matcher = RopeMatcher(CoefficientKeys(ValueNumbers()))
     match = matcher.match_rope(operand, axes_of(operand), min_heads)
@@ -103,11 +115,7 @@ def check_match(gm: GraphModule, match: RopeMatch, *inputs: Tensor) -> None:
     lanes = list(range(expected.shape[3]))
     lanes[match.start : match.start + match.width] = [match.start + n for n in match.permutation]
     rotated = rotated[..., lanes].repeat_interleave(heads // x.shape[1], dim=1)
-    tolerance = 2e-2 if operand_dtype_is_narrow(expected, recorder.values[operand]) else 1e-5
+    is_narrow = recorder.values[operand].dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if is_narrow else 1e-5
     worst = (rotated - expected).abs().max().item()
     assert worst <= tolerance * max(1.0, expected.abs().max().item()), f"off by {worst}"
-
-
-def operand_dtype_is_narrow(_: Tensor, value: Tensor) -> bool:
-    """Whether the operand itself was rounded to 16 bits."""
-    return value.dtype in (torch.bfloat16, torch.float16)

@@ -79,6 +79,13 @@ REWRITTEN: dict[str, tuple[Any, list[Tensor], str | None, str, int]] = {
         "causal",
         4,
     ),
+    "per_head_table": (
+        models.per_head_table,
+        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
+        "half[0:64]",
+        "causal",
+        8,
+    ),
     "inverse": (models.inverse_rope, qkv(), "half[0:64]", "causal", 4),
     "normed": (models.normed_rope, qkv(), "half[0:64]", "causal", 4),
     "float32": (models.llama, qkv(kv_heads=2, dtype=torch.float32), "half[0:64]", "causal", 2),
