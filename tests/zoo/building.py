@@ -12,18 +12,15 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter so that activations keep their size through the model.
 
     Initialisers of real models make attention nearly uniform, or, with gates at zero, keep it from
-    the output altogether; errors would not show.
+    the output altogether; errors would not show. Vectors stay near what they are: ones or zeros.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
+    for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() >= 2:
-            fan_in = math.prod(parameter.shape[1:])
-            noise = noise * fan_in**-0.5
-        elif name.endswith("bias"):
-            noise = 0.1 * noise
+            noise *= math.prod(parameter.shape[1:]) ** -0.5  # the fan-in
         else:
-            noise = 1 + 0.1 * noise
+            noise = parameter.data.float().mean().round() + 0.1 * noise
         parameter.data.copy_(noise)
     return module.eval().requires_grad_(False)
 

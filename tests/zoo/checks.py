@@ -25,7 +25,7 @@ DATA_VARIABLE = "LP_INDUCTOR_ZOO_DATA"
 
 def check(case: ZooCase) -> Measurement:
     """Measure a case and assert what must hold of it."""
-    measured = measure(case.build)
+    measured = measure(case.build, dynamo=case.dynamo)
     found = outcomes(measured.sites)
     misses = [str(miss) for site in measured.sites for miss in (site.miss, site.rope_miss) if miss]
     assert Counter(found) == Counter(case.expected), misses

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,13 @@ class Record:
     captured: GraphModule | None = None
     rewritten: GraphModule | None = None
 
+    def keep(self, decibels: list[float | None]) -> None:
+        """Of several runs of one graph the worst counts."""
+        if self.decibels:
+            pairs = zip(self.decibels, decibels, strict=True)
+            decibels = [b if a is None or b is None else min(a, b) for a, b in pairs]
+        self.decibels = decibels
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -103,11 +110,18 @@ class Measurement:
         return [db for record in self.records for db in record.decibels if db is not None]
 
 
-def measure(build: Callable[[], Built], config: Fp8Config | None = None) -> Measurement:
-    """Trace a model once, and run it with stock attention and with ours."""
+def measure(
+    build: Callable[[], Built],
+    config: Fp8Config | None = None,
+    dynamo: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """Trace a model once, and run it with stock attention and with ours.
+
+    ``dynamo`` holds options of torch._dynamo.config.
+    """
     torch._dynamo.reset()
     counters.clear()
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(dict(dynamo or {})):
         module, args, kwargs = build()
         eager = module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         session = Session(config or Fp8Config())
@@ -183,11 +197,12 @@ class Session:
         outputs = stock.run(*inputs)
         fp8 = _Rewritten(record.rewritten, [operands.result for operands in stock.sites])
         others = fp8.run(*fresh)
-        record.same_elsewhere = _identical(outputs, others)
-        record.decibels = [None] * record.refused
+        record.same_elsewhere &= _identical(outputs, others)
+        decibels: list[float | None] = [None] * record.refused
         for number, operands in enumerate(stock.sites):
             result = fp8.results.get(number)
-            record.decibels.append(None if result is None else operands.judge(result))
+            decibels.append(None if result is None else operands.judge(result))
+        record.keep(decibels)
         return outputs
 
 

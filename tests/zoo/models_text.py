@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.zoo.building import noise, padding, randomize, tokens
+from tests.zoo.building import padding, randomize, tokens
 from tests.zoo.measure import Built
 
 BATCH, LENGTH, WINDOW = 2, 16, 8
@@ -76,6 +76,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 0],
         "layer_types": ["chunked_attention", "full_attention"],
     },
+    "Llama4NoNorm": {
+        "config": "Llama4TextConfig",
+        "model": "Llama4ForCausalLM",
+        "head_dim": 64,
+        "intermediate_size_mlp": 256,
+        "attention_chunk_size": WINDOW,
+        "num_local_experts": 2,
+        "no_rope_layers": [1, 1],
+        "layer_types": ["chunked_attention", "full_attention"],
+        "use_qk_norm": False,
+    },
+    "Gemma2": {"head_dim": 64, "sliding_window": WINDOW, "layer_types": _SLIDING},
+    "GptOss": {
+        "head_dim": 64,
+        "sliding_window": WINDOW,
+        "layer_types": _SLIDING,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "DeepseekV3": {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 64,
@@ -100,8 +120,8 @@ def _model(family: str) -> tuple[Any, Any]:
     config_class = options.pop("config", f"{family}Config")
     model_class = options.pop("model", f"{family}ForCausalLM")
     config = getattr(transformers, config_class)(**options)
-    model = getattr(transformers, model_class)._from_config(config)
-    return config, randomize(model).bfloat16()
+    model = getattr(transformers, model_class)._from_config(config, dtype=torch.bfloat16)
+    return config, randomize(model)
 
 
 def causal_lm(family: str, call: str) -> Callable[[], Built]:

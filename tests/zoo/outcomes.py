@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class ZooCase:
         goal: what should become of them; None where that is what is expected.
         note: what keeps the case from its goal, or what is particular about it.
         graphs: how many graphs Dynamo makes of it.
+        dynamo: options of torch._dynamo.config that the case needs.
         output_floor: least SQNR in dB of the FP8 model's output against stock.
     """
 
@@ -80,7 +81,8 @@ class ZooCase:
     goal: tuple[Outcome, ...] | None = None
     note: str = ""
     graphs: int = 1
-    output_floor: float = field(default=15.0, kw_only=True)
+    dynamo: Mapping[str, Any] = field(default_factory=dict)
+    output_floor: float = 15.0
 
     @property
     def name(self) -> str:
