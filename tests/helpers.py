@@ -6,6 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,13 +47,17 @@ def rewritten_graph(model: Callable[..., Any], *args: Any, config: Fp8Config | N
     return _compiled_graph(model, args, capture, patches)
 
 
-def stock_graph(model: Callable[..., Any], *args: Any) -> str:
+def stock_graph(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """The graph that torch.compile has at the same place without us."""
-    return _compiled_graph(model, args, lambda gm: None, {})
+    return _compiled_graph(model, args, lambda gm: None, {}, kwargs)
 
 
 def _compiled_graph(
-    model: Callable[..., Any], args: Any, before: Callable[[GraphModule], Any], patches: Any
+    model: Callable[..., Any],
+    args: Any,
+    before: Callable[[GraphModule], Any],
+    patches: Any,
+    kwargs: Any = MappingProxyType({}),
 ) -> str:
     graphs: list[str] = []
 
@@ -68,7 +73,7 @@ def _compiled_graph(
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            torch.compile(model, backend=backend, fullgraph=True)(*args)
+            torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
     except Exception as error:
         if not graphs:
             raise

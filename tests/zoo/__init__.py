@@ -1,0 +1,1 @@
+"""The model zoo: real architectures with tiny random weights, measured site by site."""

@@ -1,0 +1,77 @@
+"""What is asserted of every case, and where its measurement is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers import canonical, stock_graph
+from tests.zoo.measure import Measurement, measure
+from tests.zoo.outcomes import ZooCase, outcomes
+
+#: Least SQNR of a rewritten site, in dB, against float64 from its own operands.
+SITE_FLOOR = 22.0
+#: Least SQNR of what Dynamo captured against the model in eager: AOTAutograd's decompositions
+#: round in other places than the operators they stand for.
+CAPTURE_FLOOR = 35.0
+#: Set to a folder, in which every case then leaves its measurement.
+DATA_VARIABLE = "LP_INDUCTOR_ZOO_DATA"
+
+
+def check(case: ZooCase) -> Measurement:
+    """Measure a case and assert what must hold of it."""
+    measured = measure(case.build, dynamo=case.dynamo)
+    found = outcomes(measured.sites)
+    misses = [str(miss) for site in measured.sites for miss in (site.miss, site.rope_miss) if miss]
+    assert Counter(found) == Counter(case.expected), misses
+    assert len(measured.records) == case.graphs
+    assert measured.capture_db >= CAPTURE_FLOOR
+    assert all(record.same_elsewhere for record in measured.records)
+    assert len(measured.decibels) == sum(site.fused for site in measured.sites)
+    assert all(db >= SITE_FLOOR for db in measured.decibels), measured.decibels
+    assert measured.output_db >= case.output_floor
+    if not measured.decibels:
+        check_stock(case, measured)
+    folder = os.environ.get(DATA_VARIABLE)
+    if folder:
+        keep(case, measured, Path(folder))
+    return measured
+
+
+def check_stock(case: ZooCase, measured: Measurement) -> None:
+    """With nothing rewritten, the rest of Inductor gets the graph that it would have without us."""
+    assert len(measured.records) == 1
+    with torch.no_grad():
+        module, args, kwargs = case.build()
+        stock = stock_graph(module, *args, **kwargs)
+    assert canonical(measured.records[0].text) == canonical(stock)
+
+
+def keep(case: ZooCase, measured: Measurement, folder: Path) -> None:
+    """Write the measurement of a case into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(letter if letter.isalnum() else "_" for letter in case.name)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(summary(case, measured), indent=1), encoding="utf-8")
+
+
+def summary(case: ZooCase, measured: Measurement) -> dict[str, Any]:
+    """What the table and its readers need of one measurement."""
+    return {
+        "architecture": case.architecture,
+        "variant": case.variant,
+        "outcomes": [vars(kind) for kind in outcomes(measured.sites)],
+        "graph_breaks": measured.breaks,
+        "site_db": [round(db, 1) for db in measured.decibels],
+        "output_db": round(measured.output_db, 1) if measured.decibels else None,
+        "trace_seconds": round(measured.seconds, 2),
+        "graphs": [
+            {"nodes": record.nodes, "sites": len(record.sites), "seconds": round(record.seconds, 3)}
+            for record in measured.records
+        ],
+    }

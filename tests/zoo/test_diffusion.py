@@ -1,0 +1,14 @@
+"""Diffusion models of diffusers."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.zoo.cases_diffusion import CASES
+from tests.zoo.checks import check
+from tests.zoo.outcomes import ZooCase
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_diffusion_model(case: ZooCase) -> None:
+    check(case)
