@@ -104,7 +104,26 @@ def _split(
         return quotient + int(rest) // int(divisor), None
     if rest in bounds and bounds[rest].is_Integer and divisor.is_Integer:
         return (quotient, None) if int(bounds[rest]) <= int(divisor) else (quotient, rest)
+    largest = _largest(rest, bounds)
+    if largest is not None and sympy.expand(divisor - 1 - largest).is_nonnegative:
+        return quotient, None
     return quotient, rest
+
+
+def _largest(expr: sympy.Expr, bounds: Bounds) -> sympy.Expr | None:
+    """The largest value of a sum of axis symbols times sizes; None for another expression."""
+    total: sympy.Expr = ZERO
+    for term in sympy.Add.make_args(expr):
+        symbols = [s for s in term.free_symbols if s in bounds]
+        if len(symbols) != 1:
+            return None
+        factor = term.coeff(symbols[0])
+        if symbols[0] in factor.free_symbols or not factor.is_nonnegative:
+            return None
+        if sympy.expand(term - factor * symbols[0]) != 0:
+            return None
+        total += factor * (bounds[symbols[0]] - 1)
+    return total
 
 
 def pull_view(

@@ -16,6 +16,7 @@ from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
 from lp_inductor.passes.mask import MaskForm, MaskProver
 from lp_inductor.passes.placement import Axes, Placement, match_placement
+from lp_inductor.passes.raising import REPLACES_META
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.rope import RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
@@ -210,6 +211,7 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
                 user
                 for user in node.users
                 if user not in rope.region and user is not sdpa.node
+                if user not in sdpa.node.meta.get(REPLACES_META, ())
                 if not asks_metadata_only(user)
             ]
             if strangers:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from lp_inductor.passes.decomposed import find_decomposed
 from lp_inductor.passes.expand import expand_site
 from lp_inductor.passes.inline import Inliner
 from lp_inductor.passes.mask import MaskForm
 from lp_inductor.passes.match import SiteMatch, SiteMatcher
+from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.result import Miss
 from lp_inductor.passes.rewrite import Rewriter
 from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
@@ -48,21 +50,34 @@ class PipelineOptions:
 
 
 def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[Site]:
-    """Rewrite or expand every ``lp_inductor::sdpa`` node of ``graph``; report on each."""
+    """Rewrite or expand every ``lp_inductor::sdpa`` node of ``graph``; report on each.
+
+    Attention that is written out is rewritten too, or left as it is.
+    """
+    found = find_decomposed(graph)
+    raised = {c.raise_(): c for c in found if isinstance(c, Candidate)}
     nodes = graph.find_nodes(op="call_function", target=torch.ops.lp_inductor.sdpa.default)
+    refused = [site for site in found if isinstance(site, Site)]
     if not nodes:
-        return []
+        return refused
     matcher = SiteMatcher(options.fuse_rope)
     rewriter = Rewriter(graph, options.smooth_k, options.smooth_v)
     inliner = Inliner()
-    sites = [_run_site(node, matcher, rewriter, inliner, decide) for node in nodes]
+    sites = refused + [
+        _run_site(node, raised.get(node), matcher, rewriter, inliner, decide) for node in nodes
+    ]
     graph.lint()
     log.debug("rewrote %d of %d sites", sum(site.fused for site in sites), len(sites))
     return sites
 
 
 def _run_site(
-    node: Node, matcher: SiteMatcher, rewriter: Rewriter, inliner: Inliner, decide: Decide
+    node: Node,
+    written: Candidate | None,
+    matcher: SiteMatcher,
+    rewriter: Rewriter,
+    inliner: Inliner,
+    decide: Decide,
 ) -> Site:
     sdpa, module = Sdpa.of(node), module_of(node)
     mask = matcher.match_mask(sdpa)
@@ -72,9 +87,14 @@ def _run_site(
         miss = match if isinstance(match, Miss) else decision
         assert isinstance(miss, Miss)
         site = _record(sdpa, module, mask, match, None, miss)
-        expand_site(sdpa, inliner)
+        if written is not None:
+            written.discard()
+        else:
+            expand_site(sdpa, inliner)
         return site
     site = _record(sdpa, module, mask, match, decision, None)
+    if written is not None:
+        written.accept(node)
     rewriter.rewrite_site(match, decision.kernel)
     return site
 
