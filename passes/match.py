@@ -19,6 +19,7 @@ from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
 from lp_inductor.passes.joins import is_overwritten
 from lp_inductor.passes.mask import MaskProver
 from lp_inductor.passes.placement import Axes, match_placement
+from lp_inductor.passes.raising import REPLACES_META
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.rope import NoRope, RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
@@ -236,6 +237,7 @@ def check_output_free(name: str, rope: RopeMatch, sdpa: Sdpa) -> Ok | Miss:
             user
             for user in node.users
             if user not in rope.region and user is not sdpa.node
+            if user not in sdpa.node.meta.get(REPLACES_META, ())
             if not asks_metadata_only(user) and not is_overwritten(user)
         ]
         if strangers:

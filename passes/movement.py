@@ -397,3 +397,8 @@ _RULES: dict[Any, _Rule] = {
     aten.constant_pad_nd.default: _pad,
     operator.getitem: _getitem,
 }
+
+
+def is_movement(node: Node) -> bool:
+    """Whether :func:`pull` has a rule for the node's operator."""
+    return node.op == "call_function" and node.target in _RULES

@@ -108,7 +108,10 @@ def module_of(node: Node) -> str:
     path = str(list(stack.values())[-1][0])
     for prefix in ("L['self']", "L['fn']", "L['model']", "L__self__", "self"):
         path = path.removeprefix(prefix)
-    return path.lstrip("._").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    # Dynamo reaches the submodules of some modules through their dictionaries.
+    path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
+    path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    return path.lstrip("._")
 
 
 def shape_for_report(value: torch.Tensor) -> tuple[int | str, ...]:
