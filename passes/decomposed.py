@@ -41,9 +41,8 @@ from lp_inductor.passes.digits import (
     find_split,
     radix,
 )
-from lp_inductor.passes.emit import Emitter
+from lp_inductor.passes.emit import Emitter, size_nodes
 from lp_inductor.passes.indexing import Lanes
-from lp_inductor.passes.inline import size_nodes
 from lp_inductor.passes.lanes import cast_source
 from lp_inductor.passes.movement import Element, pull, shape_of, value_of
 from lp_inductor.passes.raising import Candidate, Dims, WrittenOperand
@@ -308,7 +307,8 @@ def _refused(softmax: Softmax, product: Node, fed: set[Node], miss: Miss) -> Sit
         operands = (arg for arg in first.args[-2:] if isinstance(arg, Node))
         shapes[:2] = [shape_for_report(value_of(operand)) for operand in operands]
     miss = Miss(miss.code, miss.detail)
-    return Site(module_of(product), False, None, "data", None, None, miss, *shapes)
+    query, key, value = shapes
+    return Site(module_of(product), False, None, "unknown", None, None, miss, query, key, value)
 
 
 def _first_product(node: Node, fed: set[Node]) -> Node | None:

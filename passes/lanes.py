@@ -78,6 +78,18 @@ class Term:
         )
 
 
+def cast_source(node: Node) -> Node | None:
+    """The input of a cast between wide floating-point types; None for another node."""
+    if node.op != "call_function" or node.target not in (
+        prims.convert_element_type.default,
+        aten._to_copy.default,
+    ):
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source if all(value_of(n).dtype in WIDE_FLOATS for n in (node, source)) else None
+
+
 def follow_cast(element: Element) -> Element | None:
     """The element before a cast between wide floating-point types; None for another node."""
     node = element.node
