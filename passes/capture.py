@@ -65,15 +65,22 @@ _OPEN = frozenset(
     }
 )
 
+#: Key in ``node.meta["custom"]``, which AOTAutograd hands on to the nodes that it traces.
+LEFT_ALONE = "lp_inductor_left_alone"
+
 
 @dataclass
 class _Call:
-    """One attention call: its graph, and what stands around it."""
+    """One attention call: its graph, and what stands around it.
+
+    ``operators``: the higher-order operators whose subgraphs it is in.
+    """
 
     graph: Graph
     node: Node
     forced: bool
     closed: str | None
+    operators: set[Node]
 
 
 def capture(gm: GraphModule) -> list[Site]:
@@ -89,6 +96,8 @@ def capture(gm: GraphModule) -> list[Site]:
         verdict = _check_call(arguments, call)
         if isinstance(verdict, Miss):
             refused.append(refused_site(call.node, arguments, verdict))
+            for node in (call.node, *call.operators):
+                _leave_alone(node)
             continue
         _replace(call.node, arguments)
     for graph in {call.graph for call in calls}:
@@ -96,6 +105,20 @@ def capture(gm: GraphModule) -> list[Site]:
             graph.owning_module.recompile()
     log.debug("captured %d attention calls, left %d alone", len(calls) - len(refused), len(refused))
     return refused
+
+
+def _leave_alone(node: Node) -> None:
+    """Mark a call, so that nothing finds attention again in what AOTAutograd makes of it.
+
+    AOTAutograd traces some subgraphs in a way that loses the marks inside; there the mark of the
+    operator speaks for all of its subgraph.
+    """
+    node.meta["custom"] = {**node.meta.get("custom", {}), LEFT_ALONE: True}
+
+
+def is_left_alone(node: Node) -> bool:
+    """Whether a node behind AOTAutograd comes from a call that capture left alone."""
+    return LEFT_ALONE in node.meta.get("custom", {})
 
 
 def is_attention(node: Node) -> bool:
@@ -108,21 +131,24 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
     calls: dict[Node, _Call] = {}
     visited: set[tuple[int, bool, str | None]] = set()
 
-    def visit(module: GraphModule, forced: bool, closed: str | None) -> None:
+    def visit(
+        module: GraphModule, forced: bool, closed: str | None, operators: frozenset[Node]
+    ) -> None:
         if (key := (id(module), forced, closed)) in visited:
             return
         visited.add(key)
         for node, chosen in _with_backend_choice(module.graph):
             here = forced or chosen
             if is_attention(node):
-                call = calls.setdefault(node, _Call(module.graph, node, here, closed))
+                call = calls.setdefault(node, _Call(module.graph, node, here, closed, set()))
                 # A subgraph may be called from several places: all of them must allow it.
                 call.forced |= here
                 call.closed = call.closed or closed
+                call.operators |= operators
             for child in _subgraphs(module, node):
-                visit(child, here, closed or _closed_by(node))
+                visit(child, here, closed or _closed_by(node), operators | {node})
 
-    visit(gm, False, None)
+    visit(gm, False, None, frozenset())
     return list(calls.values())
 
 

@@ -41,6 +41,7 @@ from lp_inductor.passes.digits import (
     find_split,
     radix,
 )
+from lp_inductor.passes.capture import is_left_alone
 from lp_inductor.passes.emit import Emitter, size_nodes
 from lp_inductor.passes.indexing import Lanes
 from lp_inductor.passes.lanes import cast_source
@@ -84,7 +85,7 @@ def find_decomposed(graph: Graph) -> list[Candidate | Site]:
     if not softmaxes:
         return []
     fed = nodes_fed_by_products(graph)
-    softmaxes = [s for s in softmaxes if s.scores in fed]
+    softmaxes = [s for s in softmaxes if s.scores in fed and not is_left_alone(s.result)]
     training = any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
     sizes: Mapping[sympy.Expr, Node] | None = None
     found: list[Candidate | Site] = []

@@ -31,7 +31,7 @@ ROTATIONS: dict[str, tuple[Any, list[Tensor], MissCode | None]] = {
 FUSED: dict[str, tuple[Any, list[Tensor], str]] = {
     # As many tokens as heads: the table's shape does not tell which of them it varies over.
     "per_head_table": (
-        near_misses.per_head_table,
+        models.per_head_table,
         qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
         "half[0:64]",
     ),
