@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[Any, list[Tensor], MissCode]] = {
     "odd_pairing": (refused.odd_pairing, qkv(dim=16), MissCode.ROPE_FORM),
     "returned": (refused.rotated_key_returned, qkv(), MissCode.ROPE_OUTPUT_USED),
     "padding": (refused.padding_mask, [*qkv(), keep], MissCode.MASK_IS_DATA),
-    "one_element": (refused.causal_but_one, qkv(), MissCode.MASK_IS_DATA),
+    "one_element": (refused.causal_but_one, qkv(), MissCode.MASK_NOT_PROVED),
     "one_by_index": (refused.causal_but_one_by_index, qkv(), MissCode.MASK_NOT_PROVED),
     "window": (refused.sliding_window, qkv(), MissCode.MASK_FORM),
     "bias": (

@@ -21,6 +21,7 @@ from lp_inductor.passes import (
     mask_forms,
     mask_keys,
     mask_ops,
+    mask_pieces,
     mask_rules,
     mask_values,
 )
@@ -272,7 +273,7 @@ MUTANTS: dict[str, Patch] = {
     ),
     "triangles off by one": rule(aten.tril.default, shifted_index(-1 % 2)),
     "cat, its pieces exchanged": attribute(
-        mask_rules,
+        mask_pieces,
         "join_pieces",
         lambda right: lambda node: (right(node)[0], right(node)[1][::-1]),
     ),
