@@ -10,7 +10,8 @@ element becomes an *atom*, a symbol of which nothing is known but its dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -32,7 +33,8 @@ _MAX_DEPTH = 48  # operators from a mask to its sources: deeper graphs would ove
 _MAX_STEPS = 4000  # rules applied for one mask
 
 
-class Atom(NamedTuple):
+@dataclass(frozen=True)
+class Atom:
     """Element ``index`` of ``node``, whose value only the run knows; ``reason`` says why."""
 
     node: Node
@@ -127,8 +129,8 @@ class Elements:
     def substitute(self, expr: sympy.Expr, axis: sympy.Symbol, position: sympy.Expr) -> sympy.Expr:
         """``expr`` at one position along an axis, which must lie within it."""
         moved: dict[sympy.Expr, sympy.Expr] = {axis: position}
-        for symbol, (node, index, reason) in self.atoms_of(expr).items():
-            entries = tuple(sympy.expand(entry.xreplace({axis: position})) for entry in index)
-            if entries != index:
-                moved[symbol] = self._atom(node, entries, reason)
+        for symbol, atom in self.atoms_of(expr).items():
+            entries = tuple(sympy.expand(entry.xreplace({axis: position})) for entry in atom.index)
+            if entries != atom.index:
+                moved[symbol] = self._atom(atom.node, entries, atom.reason)
         return sympy.expand(expr.xreplace(moved))

@@ -323,7 +323,7 @@ class _KeyEmitter:
 
     def _view(self, source: Source) -> Node | None:
         """Views only, where each dimension is read at a constant or along an axis of its own."""
-        node, index, _ = source.atom
+        node, index = source.atom.node, source.atom.index
         axes: list[sympy.Symbol] = []
         for entry, clamped in zip(index, source.clamped, strict=True):
             offset = entry.subs(dict.fromkeys(_DIMS, 0))
@@ -355,7 +355,7 @@ class _KeyEmitter:
 
     def _gathered(self, source: Source) -> Node:
         """The elements at any computed places."""
-        node, index, _ = source.atom
+        node, index = source.atom.node, source.atom.index
         if not index:
             return node
         places = []
@@ -384,6 +384,6 @@ def symbol_sources(graph: torch.fx.Graph) -> dict[sympy.Symbol, tuple[Node, int 
             found.setdefault(to_expr(value), (node, None))
         elif isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and to_expr(size).is_Symbol:
+                if to_expr(size).is_Symbol:
                     found.setdefault(to_expr(size), (node, dim))
     return found

@@ -23,6 +23,7 @@ from lp_inductor.passes.mask_values import (
     Value,
     choose,
     lift,
+    rounded,
 )
 
 aten = torch.ops.aten
@@ -47,6 +48,19 @@ def equal(region: Region, a: sympy.Expr, b: sympy.Expr) -> Value:
 def where(region: Region, condition: sympy.Expr, a: sympy.Expr, b: sympy.Expr) -> Value:
     """``a`` where ``condition`` is not 0, else ``b``."""
     return lift(region, lambda _, bit: Leaf(a if bit == 1 else b), [nonzero(region, condition)])
+
+
+def as_dtype(region: Region, value: Value, dtype: torch.dtype) -> Value:
+    """A value converted to ``dtype``; constants are rounded, as the lowest of float32 to bf16."""
+    if dtype == torch.bool:
+        return lift(region, nonzero, [value])
+    if not dtype.is_floating_point:
+        return value
+
+    def convert(_: Region, a: sympy.Expr) -> Value:
+        return Leaf(rounded(a, dtype) if a.is_Integer else a)
+
+    return lift(region, convert, [value])
 
 
 def _larger(region: Region, a: sympy.Expr, b: sympy.Expr) -> Value:

@@ -19,6 +19,8 @@ from torch.utils._sympy.functions import FloorDiv
 from lp_inductor.passes import mask_ops as ops
 from lp_inductor.passes.mask_arithmetic import NotProved, is_positive_integer
 from lp_inductor.passes.mask_elements import Elements, Rule
+from lp_inductor.passes.mask_ops import as_dtype
+from lp_inductor.passes.mask_pieces import PIECES
 from lp_inductor.passes.mask_values import (
     INTEGERS,
     Index,
@@ -26,25 +28,18 @@ from lp_inductor.passes.mask_values import (
     Region,
     Value,
     broadcast,
-    choose,
     lift,
     require_exact,
-    rounded,
     scalar,
 )
 from lp_inductor.passes.movement import (
     argument,
-    join_pieces,
-    piece_index,
-    scalar_expr,
     shape_of,
     value_of,
 )
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-_MAX_REPEATS = 8
 
 
 def operands_of(elements: Elements, node: Node, index: Index, region: Region) -> list[Value]:
@@ -106,7 +101,7 @@ def _remainder(elements: Elements, node: Node, index: Index, region: Region) -> 
 
 def _convert(elements: Elements, node: Node, index: Index, region: Region) -> Value:
     value = elements.value(cast(Node, node.args[0]), index, region)
-    return _as_dtype(region, value, value_of(node).dtype)
+    return as_dtype(region, value, value_of(node).dtype)
 
 
 def _fill(elements: Elements, node: Node, index: Index, region: Region) -> Value:
@@ -119,7 +114,7 @@ def _copy(elements: Elements, node: Node, index: Index, region: Region) -> Value
     """The second operand, broadcast to the shape of the first and converted to its dtype."""
     source = cast(Node, node.args[1])
     inner = broadcast(index, shape_of(node), shape_of(source))
-    return _as_dtype(region, elements.value(source, inner, region), value_of(node).dtype)
+    return as_dtype(region, elements.value(source, inner, region), value_of(node).dtype)
 
 
 def _constant(elements: Elements, node: Node, index: Index, region: Region) -> Value:
@@ -142,19 +137,6 @@ def baked_number(node: Node) -> Any:
         return tensor.item()
 
 
-def _as_dtype(region: Region, value: Value, dtype: torch.dtype) -> Value:
-    """A value converted to ``dtype``; constants are rounded, as the lowest of float32 to bf16."""
-    if dtype == torch.bool:
-        return lift(region, ops.nonzero, [value])
-    if not dtype.is_floating_point:
-        return value
-
-    def convert(_: Region, a: sympy.Expr) -> Value:
-        return Leaf(rounded(a, dtype) if a.is_Integer else a)
-
-    return lift(region, convert, [value])
-
-
 def _progression(elements: Elements, node: Node, index: Index, region: Region) -> Value:
     """iota, arange(end), arange(start, end) or arange(start, end, step)."""
     start: Any = 0
@@ -173,119 +155,6 @@ def _triangle(elements: Elements, node: Node, index: Index, region: Region) -> V
         region, above if node.target is aten.triu.default else -above, sympy.S.Zero
     )
     return lift(region, ops.where, [inside, kept, Leaf(sympy.S.Zero)])
-
-
-def _join(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """An element of a cat or stack: of the first piece that does not end before it."""
-    joined = join_pieces(node)
-    assert joined is not None
-    dim, pieces = joined
-
-    def read(number: int, offset: sympy.Expr, inside: Region) -> Value:
-        tensor, extent = pieces[number]
-        end = offset + extent
-
-        def here(region: Region) -> Value:
-            inner = cast(Index, piece_index(node, index, dim, offset))
-            return elements.value(tensor, inner, region)
-
-        if number == len(pieces) - 1:
-            return here(inside)
-        test = sympy.expand(end - 1 - index[dim])
-        return choose(inside, test, here, lambda rest: read(number + 1, end, rest))
-
-    return read(0, sympy.S.Zero, region)
-
-
-def _pad(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """constant_pad_nd: a constant around the input, or less of the input."""
-    source = cast(Node, node.args[0])
-    pad = [scalar(p) for p in cast("list[Any]", node.args[1])]
-    constant = _as_dtype(region, Leaf(scalar(argument(node, 2, "value", 0))), value_of(node).dtype)
-    inner, sizes = list(index), shape_of(source)
-    tests: list[sympy.Expr] = []
-    for position, before in enumerate(pad[::2]):
-        dim = len(index) - 1 - position
-        inner[dim] = sympy.expand(index[dim] - before)
-        tests += [inner[dim], sizes[dim] - 1 - inner[dim]]
-
-    def read(inside: Region) -> Value:
-        return elements.value(source, tuple(inner), inside)
-
-    return _where_all(region, tests, read, lambda _: constant)
-
-
-def _where_all(
-    region: Region,
-    tests: list[sympy.Expr],
-    yes: Callable[[Region], Value],
-    no: Callable[[Region], Value],
-) -> Value:
-    """``yes`` where every test is nonnegative, else ``no``."""
-    if not tests:
-        return yes(region)
-    rest = tests[1:]
-    return choose(
-        region, sympy.expand(tests[0]), lambda inside: _where_all(inside, rest, yes, no), no
-    )
-
-
-def _slice_scatter(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """The input, with consecutive positions of one dimension taken from the source."""
-    base, source = cast("tuple[Node, Node]", node.args[:2])
-    dim = argument(node, 2, "dim", 0) % len(index)
-    start, step = argument(node, 3, "start", None), argument(node, 5, "step", 1)
-    size, extent = shape_of(base)[dim], shape_of(source)[dim]
-    begin = sympy.S.Zero if start is None else scalar_expr(start)
-    # A start past the end scatters nothing: the source is then empty, wherever it would begin.
-    if begin is not None and begin.is_Integer and begin < 0 and size.is_Integer:
-        begin = sympy.Max(0, size + begin)
-    if step != 1 or begin is None or not begin.is_nonnegative:
-        raise NotProved(f"{node.name} scatters at {start} with step {step}")
-    at = sympy.expand(index[dim] - begin)
-
-    def read(inside: Region) -> Value:
-        return elements.value(source, (*index[:dim], at, *index[dim + 1 :]), inside)
-
-    return _where_all(
-        region, [at, extent - 1 - at], read, lambda rest: elements.value(base, index, rest)
-    )
-
-
-def _select_scatter(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """The input, with one position of one dimension taken from the source."""
-    base, source = cast("tuple[Node, Node]", node.args[:2])
-    dim = argument(node, 2, "dim") % len(index)
-    chosen = scalar(argument(node, 3, "index"))
-    if chosen.is_negative:
-        chosen = chosen + shape_of(base)[dim]
-    elif not chosen.is_nonnegative:
-        raise NotProved(f"{node.name} scatters at {chosen}")
-    at = sympy.expand(index[dim] - chosen)
-    return _where_all(
-        region,
-        [at, -at],
-        lambda inside: elements.value(source, (*index[:dim], *index[dim + 1 :]), inside),
-        lambda rest: elements.value(base, index, rest),
-    )
-
-
-def _masked_put(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """``input[bools] = value`` with one value."""
-    base, given, value = cast("tuple[Node, list[Node | None], Node]", node.args[:3])
-    masks = [t for t in given if t is not None]
-    accumulate = argument(node, 3, "accumulate", False)
-    if accumulate or len(masks) != 1 or given[0] is None or value_of(masks[0]).dtype != torch.bool:
-        raise NotProved(f"{node.name} puts values at indices")
-    if any(size != 1 for size in shape_of(value)):
-        raise NotProved(f"{node.name} puts several values")
-    inner = index[: len(shape_of(masks[0]))]
-    operands = [
-        elements.value(masks[0], inner, region),
-        elements.value(value, (sympy.S.Zero,) * len(shape_of(value)), region),
-        elements.value(base, index, region),
-    ]
-    return lift(region, ops.where, operands)
 
 
 def _gather(elements: Elements, node: Node, index: Index, region: Region) -> Value:
@@ -337,36 +206,6 @@ def _cumsum(elements: Elements, node: Node, index: Index, region: Region) -> Val
     return Leaf(sympy.expand(summed.expr * (index[dim] + 1)))
 
 
-def _repeat(elements: Elements, node: Node, index: Index, region: Region) -> Value:
-    """Repetition: of dimensions of size 1 any number of times, of others a few."""
-    source, repeats = cast(Node, node.args[0]), cast("list[Any]", node.args[1])
-    sizes = shape_of(source)
-    new = len(repeats) - len(sizes)  # leading dimensions that only repeat
-    entries = list(index[new:])
-
-    def tile(dim: int, number: int, inside: Region) -> Value:
-        """The element in copy ``number`` of dimension ``dim``, or in a later one."""
-        if dim == len(sizes):
-            return elements.value(source, tuple(entries), inside)
-        if sizes[dim] == 1 or repeats[new + dim] == 1:
-            entries[dim] = sympy.S.Zero if sizes[dim] == 1 else index[new + dim]
-            return tile(dim + 1, 0, inside)
-        count = repeats[new + dim]
-        if not isinstance(count, int) or count > _MAX_REPEATS:
-            raise NotProved(f"{node.name} repeats a dimension of size {sizes[dim]}")
-
-        def here(region: Region) -> Value:
-            entries[dim] = sympy.expand(index[new + dim] - number * sizes[dim])
-            return tile(dim + 1, 0, region)
-
-        if number == count - 1:
-            return here(inside)
-        test = sympy.expand((number + 1) * sizes[dim] - 1 - index[new + dim])
-        return choose(inside, test, here, lambda rest: tile(dim, number + 1, rest))
-
-    return tile(0, 0, region)
-
-
 def _reduce(elements: Elements, node: Node, index: Index, region: Region) -> Value:
     """any or all along dimensions, of a tensor that is the same along them."""
     source = cast(Node, node.args[0])
@@ -375,7 +214,7 @@ def _reduce(elements: Elements, node: Node, index: Index, region: Region) -> Val
     dims = range(len(sizes)) if given is None else [given] if isinstance(given, int) else given
     if given == []:
         raise NotProved(f"{node.name} reduces no dimension, or all")
-    reduced = {dim % len(sizes) for dim in dims}
+    reduced = {dim % len(sizes) for dim in dims if sizes}
     keepdim = argument(node, 2, "keepdim", False)
     kept = iter(entry for d, entry in enumerate(index) if not (keepdim and d in reduced))
     inner: list[sympy.Expr] = []
@@ -406,6 +245,7 @@ _FILLS: dict[Any, Callable[[Node], Any]] = {
 }
 FILLS = frozenset(_FILLS)
 RULES: dict[Any, Rule] = {
+    **PIECES,
     **dict.fromkeys(ops.POINTWISE, _pointwise),
     **dict.fromkeys(_FILLS, _fill),
     prims.iota.default: _progression,
@@ -423,15 +263,8 @@ RULES: dict[Any, Rule] = {
     aten.remainder.Scalar: _remainder,
     aten.tril.default: _triangle,
     aten.triu.default: _triangle,
-    aten.cat.default: _join,
-    aten.stack.default: _join,
-    aten.constant_pad_nd.default: _pad,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
     aten.index.Tensor: _gather,
-    aten.index_put.default: _masked_put,
     aten.cumsum.default: _cumsum,
-    aten.repeat.default: _repeat,
     aten.any.default: _reduce,
     aten.any.dim: _reduce,
     aten.any.dims: _reduce,

@@ -205,9 +205,9 @@ def require_exact(region: Region, value: Value, dtype: torch.dtype) -> None:
 def is_exact(region: Region, expr: sympy.Expr, dtype: torch.dtype) -> bool:
     """Does ``dtype`` provably hold ``expr`` as it is, everywhere in ``region``?"""
     if dtype == torch.bool:
-        return expr in (0, 1) or region.arithmetic.is_bit(expr)
+        return bool(expr in (0, 1)) or region.arithmetic.is_bit(expr)
     if dtype in _EXACT_IN_FLOATS and (expr == HIDDEN or expr.is_Integer):
-        return rounded(expr, dtype) == expr
+        return bool(rounded(expr, dtype) == expr)
     known = region.arithmetic.range_of(expr)
     if dtype in INTEGERS:
         limits = torch.iinfo(dtype)
