@@ -39,9 +39,7 @@ class Streams(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, *tables: Tensor) -> Any:
         """x: (batch, image, width); text: (batch, text, width)."""
-        return self.attention(
-            x, encoder_hidden_states=text, image_rotary_emb=self.tables(*tables)
-        )
+        return self.attention(x, encoder_hidden_states=text, image_rotary_emb=self.tables(*tables))
 
 
 class Alone(nn.Module):

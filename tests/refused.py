@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import angles, causal_mask, half_tables, rope_half, rotate_half
+from tests.models import angles, causal_mask, half_tables, rope_half
 
 
 def key_table_differs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
