@@ -8,12 +8,12 @@ still one table.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.indexing import KEY, QUERY, Bounds, Lanes
+from lp_inductor.passes.indexing import KEY, QUERY, Bounds, Entry, HeadLanes, Lanes
 from lp_inductor.passes.joins import Cut, follow_join
 from lp_inductor.passes.lanes import follow_cast, unit_scale
 from lp_inductor.passes.movement import Element, pull, value_of
@@ -98,8 +98,13 @@ class _Walk:
 
 
 def _lane_entries(element: Element, count: int) -> list[tuple[Hashable, ...]]:
-    columns = [
-        entry if isinstance(entry, Lanes) else [entry.xreplace({KEY: QUERY})] * count
-        for entry in element.index
-    ]
+    columns = [_lane_column(entry, count) for entry in element.index]
     return [tuple(column[n] for column in columns) for n in range(count)]
+
+
+def _lane_column(entry: Entry, count: int) -> Sequence[Hashable]:
+    if isinstance(entry, Lanes):
+        return entry
+    if isinstance(entry, HeadLanes):
+        return [entry.base.xreplace({KEY: QUERY}) + lane for lane in entry.lanes]
+    return [entry.xreplace({KEY: QUERY})] * count

@@ -23,6 +23,7 @@ from lp_inductor.passes.indexing import (
     ZERO,
     Bounds,
     Entry,
+    HeadLanes,
     Index,
     Lanes,
     is_nonnegative,
@@ -144,6 +145,8 @@ def follow_join(element: Element, count: int, bounds: Bounds) -> list[Branch] | 
     entry = element.index[join.dim]
     if isinstance(entry, Lanes):
         return _follow_lanes(join, element, entry)
+    if isinstance(entry, HeadLanes):
+        return None
     found = _follow_symbol(join, entry, bounds)
     if found is None or isinstance(found, Cut):
         return found

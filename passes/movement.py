@@ -20,6 +20,7 @@ from lp_inductor.passes.indexing import (
     ZERO,
     Bounds,
     Entry,
+    HeadLanes,
     Index,
     Lanes,
     affine,
@@ -227,8 +228,8 @@ def _repeat(node: Node, index: Index, bounds: Bounds) -> Element | None:
         entry = index[dim + offset]
         if size == out_shape[dim + offset]:
             source.append(entry)
-        elif isinstance(entry, Lanes):
-            if not size.is_Integer:
+        elif isinstance(entry, Lanes | HeadLanes):
+            if isinstance(entry, HeadLanes) or not size.is_Integer:
                 return None
             source.append(Lanes(lane % int(size) for lane in entry))
         else:
@@ -266,7 +267,7 @@ def _gather(node: Node, index: Index, bounds: Bounds) -> Element | None:
         positions = [p + int(size) if p < 0 else p for p in positions]
     if isinstance(entry, Lanes):
         return Element(_input(node), _replace(index, dim, Lanes(positions[e] for e in entry)))
-    if not entry.is_Integer:
+    if isinstance(entry, HeadLanes) or not entry.is_Integer:
         return None
     return Element(_input(node), _replace(index, dim, sympy.Integer(positions[int(entry)])))
 
@@ -298,6 +299,8 @@ def _pad(node: Node, index: Index, bounds: Bounds) -> Element | None:
 def _lies_within(entry: Entry, size: sympy.Expr, bounds: Bounds) -> bool:
     if isinstance(entry, Lanes):
         return bool(size.is_Integer) and all(0 <= lane < int(size) for lane in entry)
+    if isinstance(entry, HeadLanes):
+        return False
     return is_nonnegative(entry, bounds) and is_nonnegative(size - 1 - entry, bounds)
 
 
@@ -363,7 +366,9 @@ def concrete_lanes(entry: Entry, count: int) -> Lanes | None:
     """``entry`` as one integer per lane; None where it is symbolic."""
     if isinstance(entry, Lanes):
         return entry
-    return Lanes([int(entry)] * count) if entry.is_Integer else None
+    if isinstance(entry, HeadLanes) or not entry.is_Integer:
+        return None
+    return Lanes([int(entry)] * count)
 
 
 _REAL_COMPLEX_VIEWS = (aten.view_as_real.default, aten.view_as_complex.default)

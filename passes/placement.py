@@ -31,6 +31,7 @@ from lp_inductor.passes.indexing import (
     ZERO,
     Bounds,
     Entry,
+    HeadLanes,
     Index,
     Lanes,
     at_zero,
@@ -91,7 +92,8 @@ class Layout:
     """Which dimension of a node is which axis; dimensions in ``fixed`` are read at one index.
 
     ``token_start`` is the first token read. A head of the node serves ``heads / head_count``
-    neighbouring heads of the operand.
+    neighbouring heads of the operand. ``head_stride``: the lanes of all heads lie side by side in
+    one dimension, ``lanes``, so many for each; 0: heads have a dimension of their own.
     """
 
     batch: int | None
@@ -101,6 +103,7 @@ class Layout:
     fixed: tuple[tuple[int, int], ...]
     head_count: int
     token_start: sympy.Expr = ZERO
+    head_stride: int = 0
 
     @property
     def axes(self) -> tuple[int | None, int | None, int | None, int]:
@@ -159,17 +162,23 @@ class Placement:
         node = self.node
         if value_of(node).is_complex():
             node = emitter.call(aten.view_as_real.default, node)
-        axes, fixed = _reuse_single(node, self.layout.axes, self.layout.fixed)
-        node = self._narrow(emitter, node)
+        layout = self.layout
+        if layout.head_stride:
+            rank = len(shape_of(node))
+            stride = layout.head_stride
+            node = emitter.call(aten.unfold.default, node, layout.lanes, stride, stride)
+            layout = replace(layout, heads=layout.lanes, lanes=rank)
+        axes, fixed = _reuse_single(node, layout.axes, layout.fixed)
+        node = self._narrow(emitter, node, layout.lanes)
         node = _arrange(emitter, node, axes, fixed)
         if self.layout.tokens is None and self.token_count != 1:
             tokens = emitter.size(self.token_count)
             node = emitter.call(aten.expand.default, node, [-1, -1, tokens, -1])
         return emitter.call(aten.neg.default, node) if self.negate else node
 
-    def _narrow(self, emitter: Emitter, node: Node) -> Node:
+    def _narrow(self, emitter: Emitter, node: Node, lanes: int) -> Node:
         """Keep the lanes and tokens asked for."""
-        lanes, first, step = self.layout.lanes, self.first_lane, self.lane_step
+        first, step = self.first_lane, self.lane_step
         if shape_of(node)[lanes] != self.lane_count or first or step != 1:
             end = first + step * (self.lane_count - 1) + 1
             node = emitter.call(aten.slice.Tensor, node, lanes, first, end, step)
@@ -222,8 +231,14 @@ def match_layout(element: Element, axes: Axes) -> Layout | None:
     """How ``element`` reads its node, when that is one axis or constant per dimension."""
     roles: dict[str, int] = {}
     fixed: list[tuple[int, int]] = []
-    index, head_count, token_start = _with_one_lane_axis(element.index), 1, ZERO
+    index, head_count, token_start, head_stride = _with_one_lane_axis(element.index), 1, ZERO, 0
     for dim, (entry, size) in enumerate(zip(index, full_shape(element.node), strict=True)):
+        if isinstance(entry, HeadLanes):
+            head_stride = _head_stride(entry, size, axes)
+            if not head_stride or {"heads", "lanes"} & roles.keys():
+                return None
+            roles["lanes"], head_count = dim, int(size) // head_stride
+            continue
         role = _role(entry, size, axes)
         if role is None or role in roles:
             return None
@@ -235,7 +250,7 @@ def match_layout(element: Element, axes: Axes) -> Layout | None:
             head_count = int(size)
         if role == "tokens":
             token_start = entry - axes.token_symbol
-    if "lanes" not in roles:
+    if "lanes" not in roles or (head_stride and "heads" in roles):
         return None
     return Layout(
         roles.get("batch"),
@@ -245,18 +260,42 @@ def match_layout(element: Element, axes: Axes) -> Layout | None:
         tuple(fixed),
         head_count,
         token_start,
+        head_stride,
     )
 
 
 def _with_one_lane_axis(index: Index) -> Index:
     """Make one dimension the lanes: the one that varies. The others are read at one place."""
-    lanes = [dim for dim, entry in enumerate(index) if isinstance(entry, Lanes)]
-    varying = [dim for dim in lanes if len(set(index[dim])) > 1]
-    chosen = varying or lanes[-1:]
-    return tuple(
-        sympy.Integer(entry[0]) if isinstance(entry, Lanes) and dim not in chosen else entry
-        for dim, entry in enumerate(index)
-    )
+    followed = {dim: lane_numbers(entry) for dim, entry in enumerate(index)}
+    lanes = [dim for dim, numbers in followed.items() if numbers]
+    chosen = [dim for dim in lanes if len(set(followed[dim])) > 1] or lanes[-1:]
+    result: list[Entry] = []
+    for dim, entry in enumerate(index):
+        if dim in chosen or dim not in lanes:
+            result.append(entry)
+        else:
+            base = entry.base if isinstance(entry, HeadLanes) else ZERO
+            result.append(base + followed[dim][0])
+    return tuple(result)
+
+
+def lane_numbers(entry: Entry) -> Lanes:
+    """The lanes that an entry follows, none if it follows none."""
+    if isinstance(entry, HeadLanes):
+        return entry.lanes
+    return entry if isinstance(entry, Lanes) else Lanes()
+
+
+def _head_stride(entry: HeadLanes, size: sympy.Expr, axes: Axes) -> int:
+    """How many lanes each head has in a dimension that holds all heads; 0: it is not such."""
+    if not (size.is_Integer and axes.heads.is_Integer):
+        return 0
+    for count in sympy.divisors(int(axes.heads)):
+        stride, remainder = divmod(int(size), count)
+        head = floor_div(HEAD, axes.heads / count, axes.bounds)
+        if remainder == 0 and sympy.expand(entry.base - stride * head) == 0:
+            return stride if min(entry.lanes) >= 0 and max(entry.lanes) < stride else 0
+    return 0
 
 
 def _role(entry: Entry, size: sympy.Expr, axes: Axes) -> str | None:
@@ -285,8 +324,7 @@ def place(element: Element, axes: Axes) -> Placement | None:
     layout = match_layout(element, axes)
     if layout is None:
         return None
-    lanes = element.index[layout.lanes]
-    assert isinstance(lanes, Lanes)
+    lanes = lane_numbers(element.index[layout.lanes])
     step = lanes[1] - lanes[0] if len(lanes) > 1 else 1
     if step < 1 or lanes != Lanes(range(lanes[0], lanes[0] + step * len(lanes), step)):
         return None
@@ -328,7 +366,8 @@ def follow(element: Element, bounds: Bounds, through_casts: bool) -> Element | N
 
 def lane_count(element: Element) -> int:
     """How many lanes an element follows."""
-    return next((len(entry) for entry in element.index if isinstance(entry, Lanes)), 1)
+    counts = (len(lane_numbers(entry)) for entry in element.index)
+    return next((count for count in counts if count), 1)
 
 
 def _reads_uninitialised(element: Element, bounds: Bounds) -> bool:

@@ -116,6 +116,10 @@ class RopeMatcher:
         for other in (rotation.pairing for rotation in rotations):
             if (other.interleaved, other.start, other.width, other.order) != window:
                 return Miss(MissCode.ROPE_FORM, "tokens are rotated in different windows of lanes")
+        in_place = first.order == tuple(range(first.width))
+        if not in_place and len(rotations) < len(runs):
+            # Attention sees an order of lanes that is not the same for all tokens.
+            return Miss(MissCode.ROPE_FORM, "only the tokens that turn have their lanes moved")
         region = frozenset().union(*(rotation.region for rotation in rotations))
         groups: list[list[Source]] = []
         for axes, found in runs:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
-from lp_inductor.passes.indexing import Lanes
+from lp_inductor.passes.indexing import Entry, HeadLanes, Lanes, head_lanes
 from lp_inductor.passes.lanes import LaneTracker, Term, Trail
 from lp_inductor.passes.movement import Element, concrete_lanes, value_of
 from lp_inductor.passes.pairing import LaneTerm, Pairing, match_pairing
@@ -151,7 +151,7 @@ def _with_lanes(element: Element) -> Element:
     """Let the last dimension be the lanes where a single lane was selected from it."""
     index = element.index
     last = concrete_lanes(index[-1], 1) if index else None
-    if last is None or any(isinstance(entry, Lanes) for entry in index):
+    if last is None or any(isinstance(entry, Lanes | HeadLanes) for entry in index):
         return element
     return replace(element, index=(*index[:-1], last))
 
@@ -161,7 +161,7 @@ def _axis_count(element: Element, axes: Axes) -> int:
     layout = match_layout(element, axes)
     if layout is None or not has_axes(layout, axes):
         return 0
-    return sum(axis is not None for axis in layout.axes)
+    return sum(axis is not None for axis in layout.axes) + (layout.head_stride > 0)
 
 
 def _nodes(term: Term) -> set[Node]:
@@ -183,7 +183,7 @@ def _lanes_of(
         element = term.factors[ends.index(True) if True in ends else 0][-1]
         sources = None
         if sum(ends) == 1 and _without(element, lane_dim) == expected:
-            sources = concrete_lanes(element.index[lane_dim], len(term.positions))
+            sources = _sources(element.index[lane_dim], anchor.index[lane_dim], term)
         if sources is None:
             foreign.update(term.positions)
             continue
@@ -196,6 +196,13 @@ def _lanes_of(
                 reading = Reading(coefficient, n, len(term.positions))
             lanes[position].append(LaneTerm(term.sign, sources[n], reading))
     return [[] if d in foreign else lane for d, lane in enumerate(lanes)]
+
+
+def _sources(entry: Entry, expected: Entry, term: Term) -> Lanes | None:
+    """The anchor's lanes that a term reads; None where it reads another head's."""
+    if isinstance(entry, HeadLanes) and isinstance(expected, HeadLanes):
+        return entry.lanes if entry.base == expected.base else None
+    return concrete_lanes(entry, len(term.positions))
 
 
 def _without(element: Element, lane_dim: int) -> list[object]:
@@ -249,8 +256,10 @@ def _pieces(
 def _piece(
     run: Sequence[tuple[bool, int]], anchor: Element, lane_dim: int, operand: Element
 ) -> Element:
-    lanes = Lanes(lane for _, lane in run)
+    lanes: Lanes | HeadLanes = Lanes(lane for _, lane in run)
     base, dim = (anchor, lane_dim) if run[0][0] else (operand, 3)
+    if isinstance(entry := base.index[dim], HeadLanes):
+        lanes = head_lanes(entry.base, lanes)  # type: ignore[arg-type]
     return replace(base, index=(*base.index[:dim], lanes, *base.index[dim + 1 :]))
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
-import sympy
 import torch
 from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import Emitter
-from lp_inductor.passes.indexing import Entry, Lanes
+from lp_inductor.passes.indexing import Entry, HeadLanes, Index, Lanes, pick_lanes
 from lp_inductor.passes.joins import is_uninitialised
 from lp_inductor.passes.lanes import Trail, follow_cast, unit_scale
 from lp_inductor.passes.movement import Element, value_of
@@ -52,7 +51,7 @@ class Reading:
     def entries(self, depth: int) -> tuple[Entry, ...]:
         """The index read at ``trail[depth]``, lanes as integers."""
         index = self.trail[depth].index
-        return tuple(Lanes([e[self.lane]]) if isinstance(e, Lanes) else e for e in index)
+        return pick_lanes(index, [self.lane])
 
     def sign(self, depth: int) -> int:
         """The coefficient is this times what is read at ``trail[depth]``."""
@@ -172,27 +171,33 @@ def _place_run(readings: Sequence[Reading], axes: Axes) -> list[Placement]:
         if all(node in reached for reached in depths):
             at = [reached[node] for reached in depths]
             signs = {r.sign(depth) for r, depth in zip(readings, at, strict=True)}
-            placed = place(Element(node, _common_index(readings, at)), axes)
+            index = _common_index(readings, at)
+            placed = None if index is None else place(Element(node, index), axes)
             if placed is not None and placed.can_emit and len(signs) == 1:
                 found.append(replace(placed, negate=signs == {-1}))
     return found
 
 
-def _common_index(readings: Sequence[Reading], depths: Sequence[int]) -> tuple[Entry, ...]:
+def _common_index(readings: Sequence[Reading], depths: Sequence[int]) -> Index | None:
     """The index of all readings at once: equal entries as they are, positions as lanes."""
     rows = [r.entries(depth) for r, depth in zip(readings, depths, strict=True)]
     index: list[Entry] = []
     for column in zip(*rows, strict=True):
         if all(isinstance(entry, Lanes) or entry.is_Integer for entry in column):
             index.append(Lanes(_integer(entry) for entry in column))
+        elif all(isinstance(entry, HeadLanes) for entry in column):
+            if len({entry.base for entry in column}) != 1:
+                return None
+            index.append(HeadLanes(column[0].base, Lanes(e.lanes[0] for e in column)))
         elif all(entry == column[0] for entry in column):
             index.append(column[0])
         else:
-            index.append(sympy.nan)  # no axis: differs from lane to lane
+            return None
     return tuple(index)
 
 
 def _integer(entry: Entry) -> int:
+    assert not isinstance(entry, HeadLanes)
     return entry[0] if isinstance(entry, Lanes) else int(entry)
 
 

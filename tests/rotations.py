@@ -14,6 +14,7 @@ from diffusers.models.embeddings import apply_rotary_emb, apply_rotary_emb_alleg
 from diffusers.models.transformers.transformer_helios import apply_rotary_emb_transposed
 from diffusers.models.transformers.transformer_hidream_image import apply_rope as hidream
 from diffusers.models.transformers.transformer_kandinsky6 import apply_rotary as kandinsky
+from diffusers.models.transformers.transformer_ltx import apply_rotary_emb as ltx
 from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from diffusers.models.transformers.transformer_prx import apply_rope as prx
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
@@ -319,6 +320,15 @@ CASES: dict[str, Case] = {
     "ltx2": Case(
         lambda x, c, s: apply_split_rotary_emb(x, (c, s)),
         (bhsd(), *pair(BATCH, HEADS, TOKENS, DIM // 2)), HALF, table_heads=HEADS,
+    ),
+    "ltx": Case(
+        lambda x, c, s: ltx(x, (c, s)).unflatten(2, (HEADS, DIM)).transpose(1, 2),
+        (bshd().flatten(2), *pair(BATCH, TOKENS, HEADS * DIM)), INTER, table_heads=HEADS,
+    ),
+    "ltx_one_table": Case(
+        lambda x, c, s: ltx(x, (c.repeat(1, 1, HEADS), s.repeat(1, 1, HEADS)))
+        .unflatten(2, (HEADS, DIM)).transpose(1, 2),
+        (bshd().flatten(2), *pair(BATCH, TOKENS, DIM)), INTER, table_heads=HEADS,
     ),
     "per_head": Case(
         halves, (bhsd(), *pair(1, HEADS, TOKENS, DIM)), HALF, table_heads=HEADS
