@@ -22,9 +22,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lp_inductor.passes import multihead
 from lp_inductor.passes.movement import value_of
-from lp_inductor.passes.result import Miss, MissCode, Ok
-from lp_inductor.passes.site import Site, check_operands, module_of, shape_for_report
+from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.passes.site import (
+    REFUSED_META,
+    Site,
+    check_operands,
+    module_of,
+    shape_for_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +72,6 @@ _OPEN = frozenset(
     }
 )
 
-#: Key in ``node.meta["custom"]``, which AOTAutograd hands on to the nodes that it traces.
-LEFT_ALONE = "lp_inductor_left_alone"
-
 
 @dataclass
 class _Call:
@@ -92,12 +96,18 @@ def capture(gm: GraphModule) -> list[Site]:
     refused: list[Site] = []
     calls = _attention_calls(gm)
     for call in calls:
+        if not is_attention(call.node):
+            sites = _capture_multihead(call)
+            if sites:
+                _mark_refused(call.node)
+            refused += sites
+            continue
         arguments = _arguments(call.node)
         verdict = _check_call(arguments, call)
         if isinstance(verdict, Miss):
             refused.append(refused_site(call.node, arguments, verdict))
             for node in (call.node, *call.operators):
-                _leave_alone(node)
+                _mark_refused(node)
             continue
         _replace(call.node, arguments)
     for graph in {call.graph for call in calls}:
@@ -105,20 +115,6 @@ def capture(gm: GraphModule) -> list[Site]:
             graph.owning_module.recompile()
     log.debug("captured %d attention calls, left %d alone", len(calls) - len(refused), len(refused))
     return refused
-
-
-def _leave_alone(node: Node) -> None:
-    """Mark a call, so that nothing finds attention again in what AOTAutograd makes of it.
-
-    AOTAutograd traces some subgraphs in a way that loses the marks inside; there the mark of the
-    operator speaks for all of its subgraph.
-    """
-    node.meta["custom"] = {**node.meta.get("custom", {}), LEFT_ALONE: True}
-
-
-def is_left_alone(node: Node) -> bool:
-    """Whether a node behind AOTAutograd comes from a call that capture left alone."""
-    return LEFT_ALONE in node.meta.get("custom", {})
 
 
 def is_attention(node: Node) -> bool:
@@ -139,7 +135,7 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
         visited.add(key)
         for node, chosen in _with_backend_choice(module.graph):
             here = forced or chosen
-            if is_attention(node):
+            if is_attention(node) or multihead.is_multihead(node):
                 call = calls.setdefault(node, _Call(module.graph, node, here, closed, set()))
                 # A subgraph may be called from several places: all of them must allow it.
                 call.forced |= here
@@ -215,14 +211,11 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     """Refuse what can be refused already; what remains must mean ``lp_inductor::sdpa``."""
-    if call.closed is not None:
-        return Miss(MissCode.SUBGRAPH, f"in a subgraph of {call.closed}")
-    if call.forced:
-        return Miss(MissCode.BACKEND_FORCED)
+    placed = _check_place(call)
+    if isinstance(placed, Miss):
+        return placed
     if not _is_zero(arguments["dropout_p"]):
         return Miss(MissCode.DROPOUT, lambda: f"dropout_p={arguments['dropout_p']}")
-    if "FLASH_ATTENTION" not in enabled_backends():
-        return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
     out = value_of(call.node)
     if isinstance(out, torch.Tensor) and out.requires_grad:
         return Miss(MissCode.NEEDS_GRAD)
@@ -238,6 +231,38 @@ def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     if isinstance(verdict, Ok):
         _specialize_heads(operands)
     return verdict
+
+
+def _mark_refused(node: Node) -> None:
+    """Nobody shall find the call again in what AOTAutograd makes of it.
+
+    AOTAutograd traces some subgraphs in a way that loses the marks inside; there the mark of the
+    operator speaks for all of its subgraph.
+    """
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
+
+
+def _check_place(call: _Call) -> Ok | Miss:
+    """Refuse where nothing may be captured, whatever the call's arguments are."""
+    if call.closed is not None:
+        return Miss(MissCode.SUBGRAPH, f"in a subgraph of {call.closed}")
+    if call.forced:
+        return Miss(MissCode.BACKEND_FORCED)
+    if "FLASH_ATTENTION" not in enabled_backends():
+        return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
+    return OK
+
+
+def _capture_multihead(call: _Call) -> list[Site]:
+    """Capture inside of PyTorch's own multi-head attention, or say why not."""
+    verdict = _check_place(call)
+    if not isinstance(verdict, Miss):
+        verdict = multihead.capture_multihead(call.node)
+    if isinstance(verdict, Ok):
+        return []
+    shapes = [value_of(arg) for arg in call.node.all_input_nodes[:1]]
+    shape = shape_for_report(shapes[0]) if isinstance(shapes[0], torch.Tensor) else ()
+    return [Site(module_of(call.node), False, None, "data", None, None, verdict, shape, (), ())]
 
 
 def _is_batched(tensor: torch.Tensor) -> bool:

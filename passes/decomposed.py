@@ -41,7 +41,6 @@ from lp_inductor.passes.digits import (
     find_split,
     radix,
 )
-from lp_inductor.passes.capture import is_left_alone
 from lp_inductor.passes.emit import Emitter, size_nodes
 from lp_inductor.passes.indexing import Lanes
 from lp_inductor.passes.lanes import cast_source
@@ -65,7 +64,7 @@ from lp_inductor.passes.scores import (
     nodes_fed_by_products,
     scaled_source,
 )
-from lp_inductor.passes.site import FLOAT_DTYPES, Site, module_of, shape_for_report
+from lp_inductor.passes.site import FLOAT_DTYPES, REFUSED_META, Site, module_of, shape_for_report
 from lp_inductor.passes.softmax import Softmax, match_softmax
 
 aten = torch.ops.aten
@@ -85,7 +84,7 @@ def find_decomposed(graph: Graph) -> list[Candidate | Site]:
     if not softmaxes:
         return []
     fed = nodes_fed_by_products(graph)
-    softmaxes = [s for s in softmaxes if s.scores in fed and not is_left_alone(s.result)]
+    softmaxes = [s for s in softmaxes if s.scores in fed and not _is_refused_sdpa(s)]
     training = any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
     sizes: Mapping[sympy.Expr, Node] | None = None
     found: list[Candidate | Site] = []
@@ -102,6 +101,13 @@ def find_decomposed(graph: Graph) -> list[Candidate | Site]:
             _refused(softmax, reached[0], fed, match) if isinstance(match, Miss) else match
         )
     return found
+
+
+def _is_refused_sdpa(softmax: Softmax) -> bool:
+    """Whether PyTorch wrote this: SDPA's own decomposition, where capture refused the call."""
+    meta = softmax.result.meta
+    refused = (meta.get("custom") or {}).get(REFUSED_META, False)
+    return bool(refused) or meta.get("original_aten") is aten._safe_softmax.default
 
 
 @dataclass(frozen=True)

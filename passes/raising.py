@@ -212,7 +212,7 @@ def _refresh(emitter: Emitter, node: Node) -> None:
     for user in node.users:
         if user.target in _PERMUTES:
             with emitter.fake_mode:
-                user.meta["val"] = user.target(value_of(node), *user.args[1:])  # type: ignore[operator]
+                user.meta["val"] = user.target(value_of(node), *user.args[1:])
 
 
 def _emit_mask(

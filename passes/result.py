@@ -23,6 +23,7 @@ class MissCode(enum.Enum):
     SUBCLASS = "an operand is a tensor subclass, or batched by torch.vmap"
     SUBGRAPH = "the call sits in a higher-order operator whose subgraphs are not open to capture"
     BACKEND_FORCED = "an sdpa_kernel(...) context chooses the attention backend"
+    FAST_PATH = "a fused operator of PyTorch's transformer fast path holds the attention"
     # Attention that is written out as matmul, softmax, matmul
     SCORE_FORM = "scores or probabilities are changed in a way that SDPA has not"
     SCORES_USED = "scores or probabilities are needed elsewhere too"

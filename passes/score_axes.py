@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.digits import Digit, ScoreAxes, radix, symbol
+from lp_inductor.passes.digits import Digit, ScoreAxes, product_of, radix, symbol
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import Bounds, Index, at_zero
 from lp_inductor.passes.lanes import cast_source
@@ -131,6 +131,11 @@ def check_product(product: SoftmaxProduct, softmax: Softmax) -> list[Node] | Mis
     if isinstance(found, Miss):
         return found
     index, nodes = found
+    groups = [product.batch_digits, product.row_digits, product.digits(product.key_dim)]
+    if product.transposed:
+        groups[1:] = groups[:0:-1]
+    if [product_of(group, 1) for group in groups] != [*shape_of(product.probabilities)]:
+        return form_miss("only a part of the probabilities is used")
     return nodes if index == product.axes.index else form_miss("probabilities are rearranged")
 
 

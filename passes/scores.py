@@ -40,6 +40,16 @@ _SCALING = {
 }
 _SUMS = {aten.add.Tensor: 1, aten.add.Scalar: 1, aten.sub.Tensor: -1, aten.sub.Scalar: -1}
 _POINTWISE = {*_SCALING, *_SUMS, aten.tanh.default, aten.where.self}
+#: No part of SDPA, but what they are done to may still be somebody's attention, to be reported.
+_FOREIGN = {
+    aten.cat.default,
+    aten.clamp.default,
+    aten.clamp_max.default,
+    aten.clamp_min.default,
+    aten.maximum.default,
+    aten.pow.Tensor_Scalar,
+    aten.relu.default,
+}
 #: A finite score as low as this hides a key: exp of its distance to any real score is 0.
 _HIDDEN = -1e9
 
@@ -76,7 +86,8 @@ def nodes_fed_by_products(graph: Graph) -> set[Node]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        passes = is_movement(node) or node.target in _POINTWISE or cast_source(node) is not None
+        passes = is_movement(node) or cast_source(node) is not None
+        passes = passes or node.target in _POINTWISE or node.target in _FOREIGN
         if node.target in PRODUCTS or (passes and any(n in fed for n in node.all_input_nodes)):
             fed.add(node)
     return fed
@@ -128,8 +139,8 @@ class _Walk:
     def end_at_product(self, node: Node) -> Miss | None:
         """``baddbmm`` adds to the product and scales it; then scale and softcap are known."""
         if node.target is aten.baddbmm.default:
-            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-            if not all(isinstance(x, int | float) for x in (beta, alpha)):
+            beta, alpha = (constant(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+            if beta is None or alpha is None:
                 return form_miss("beta or alpha of baddbmm is no constant")
             if beta != 0:
                 miss = self._add_term(node.args[0], self._outer * beta)
@@ -273,7 +284,7 @@ def constant(arg: object) -> float | None:
         return constant(arg.args[0])
     if arg.target is aten.full.default:
         return constant(argument(arg, 1, "fill_value"))
+    if arg.target in (aten.clone.default, aten.lift_fresh_copy.default):
+        return constant(arg.args[0])
     source = cast_source(arg)
-    if source is None and arg.target in (aten.clone.default, aten.lift_fresh_copy.default):
-        source = arg.args[0]
     return None if source is None else constant(source)

@@ -13,6 +13,10 @@ from lp_inductor.passes.indexing import shape_exprs
 from lp_inductor.passes.movement import value_of
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
+#: Key in ``node.meta["custom"]``, which AOTAutograd hands on to what a node is traced to, of
+#: attention calls that capture refused.
+REFUSED_META = "lp_inductor_refused"
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -101,7 +101,7 @@ def _kept_dim(reduction: Node) -> int | None:
 
 
 def _dim(node: Node, dim: int) -> int:
-    return int(dim) % value_of(node).dim()
+    return int(int(dim) % value_of(node).dim())
 
 
 def _is_call(node: object, target: object) -> bool:

@@ -431,6 +431,18 @@ def kept_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1)[..., 1:] @ v[:, :, 1:]
 
 
+def last_key_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).softmax(-1)[..., :-1] @ v[:, :, :-1]
+
+
+def last_score_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE)[..., :-1].softmax(-1) @ v[:, :, :-1]
+
+
+def last_query_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).softmax(-1)[:, :, :-1] @ v
+
+
 def rolled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1).flip(-1) @ v
 
@@ -457,6 +469,12 @@ REPORTED: dict[Callable[..., object], str] = {
     filled_with_other_scores: "SCORE_FORM",
     negative_scale: "SCORE_FORM",
     kept_keys: "SCORE_FORM",
+    last_key_dropped: "SCORE_FORM",
+    last_score_dropped: "SCORE_FORM",
+    last_query_dropped: "SCORE_FORM",
+    clamped: "SCORE_FORM",
+    squared: "SCORE_FORM",
+    sink: "SCORE_FORM",
 }
 
 
@@ -515,8 +533,5 @@ SILENT: list[Callable[..., object]] = [
     linear_attention,
     off_by_one,
     pooled,
-    clamped,
-    squared,
-    sink,
     rolled,
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -24,6 +27,8 @@ from tests.helpers import graph_text
 
 SDPA = torch.ops.lp_inductor.sdpa.default
 Model = Callable[..., Any]
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+CASES = int(os.environ.get("LP_INDUCTOR_FUZZ", "60"))
 
 
 @dataclass
@@ -275,3 +280,144 @@ def test_every_layer_is_found() -> None:
     assert [isinstance(c, Candidate) for c in raised.found] == [True] * 3
     torch.testing.assert_close(raised.result, model(*operands), atol=1e-5, rtol=1e-5)
     assert all(isinstance(leaf, Tensor) for leaf in tree_leaves(raised.result))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One random spelling, and what is wrong with it."""
+
+    product: str
+    scale: str
+    mask: str
+    softmax: str
+    grouping: str
+    value: str
+    mistake: str
+
+
+CHOICES = st.builds(
+    Choices,
+    product=st.sampled_from(["matmul", "einsum", "bmm", "baddbmm", "swapped", "tokens_first"]),
+    scale=st.sampled_from(["none", "scores", "query", "both", "divide", "after_mask"]),
+    mask=st.sampled_from(["none", "add", "add_row", "keep", "fill", "both", "window"]),
+    softmax=st.sampled_from(["float", "plain", "by_hand", "no_maximum"]),
+    grouping=st.sampled_from(["none", "repeat", "broadcast"]),
+    value=st.sampled_from(["matmul", "einsum", "bmm", "swapped", "tokens_first"]),
+    mistake=st.sampled_from(
+        ["no"] * 8
+        + ["axis", "scores_used", "multiplied", "late_mask", "temperature", "clamped", "shifted"]
+    ),
+)
+
+
+def spell(c: Choices, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Any:
+    """Attention as drawn."""
+    if c.grouping != "none":
+        k, v = k[:, :2], v[:, :2]
+        if c.grouping == "repeat":
+            k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        else:
+            k, v = (t.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+    if c.scale == "query":
+        q = q * 0.3
+    if c.scale == "both":
+        q, k = q / 2, 0.7 * k
+    scores = spell_scores(c, q, k)
+    if c.scale == "scores":
+        scores = scores * 0.3
+    if c.scale == "divide":
+        scores = scores / 3.7
+    if c.mistake == "temperature":
+        scores = scores * torch.linspace(0.5, 1, 4)[:, None, None]
+    if c.mistake == "clamped":
+        scores = scores.clamp(max=0.5)
+    first = scores
+    scores = spell_mask(c, scores, bias, keep)
+    if c.scale == "after_mask":
+        scores = scores * 0.5
+    probabilities = spell_softmax(c, scores)
+    if c.mistake == "multiplied":
+        probabilities = probabilities * keep
+    if c.mistake == "late_mask":
+        probabilities = probabilities.masked_fill(~keep, 0.0)
+    if c.mistake == "shifted":
+        probabilities = probabilities.roll(1, -1)
+    out = spell_value(c, probabilities, v)
+    return (out, first) if c.mistake == "scores_used" else out
+
+
+def spell_scores(c: Choices, q: Tensor, k: Tensor) -> Tensor:
+    if c.product == "einsum":
+        return torch.einsum("bhqd,bhkd->bhqk", q, k)
+    if c.product == "tokens_first":
+        return torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2))
+    if c.product == "swapped":
+        return (k @ q.mT).mT
+    if c.product == "matmul":
+        return q @ k.mT
+    first, second = q.flatten(0, 1), k.flatten(0, 1).mT
+    if c.product == "bmm":
+        return torch.bmm(first, second).unflatten(0, q.shape[:2])
+    zero = torch.zeros(1, 1, 1)
+    return torch.baddbmm(zero, first, second, beta=0, alpha=1.5).unflatten(0, q.shape[:2])
+
+
+def spell_mask(c: Choices, scores: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    if c.mask in ("add", "both"):
+        scores = bias + scores
+    if c.mask == "add_row":
+        scores = scores + bias[:, :, :1]
+    if c.mask == "window":
+        heads = scores.shape[:2]
+        scores = (scores.unflatten(0, (1, -1)) + bias[None]).view(*heads, *scores.shape[2:])
+    if c.mask in ("keep", "both"):
+        scores = scores.masked_fill(~keep, -torch.inf)
+    if c.mask == "fill":
+        scores = torch.where(keep, scores, torch.finfo(scores.dtype).min)
+    return scores
+
+
+def spell_softmax(c: Choices, scores: Tensor) -> Tensor:
+    dim = -2 if c.mistake == "axis" else -1
+    if c.softmax == "float":
+        return scores.softmax(dim, dtype=torch.float32).to(scores.dtype)
+    if c.softmax == "plain":
+        return scores.softmax(dim)
+    if c.softmax == "by_hand":
+        scores = scores - scores.amax(dim, keepdim=True)
+    exp = scores.exp()
+    return exp / exp.sum(dim, keepdim=True)
+
+
+def spell_value(c: Choices, probabilities: Tensor, v: Tensor) -> Tensor:
+    if c.value == "einsum":
+        return torch.einsum("bhqk,bhkd->bhqd", probabilities, v)
+    if c.value == "tokens_first":
+        return torch.einsum("bhqk,bkhd->bqhd", probabilities, v.transpose(1, 2)).flatten(2)
+    if c.value == "swapped":
+        return (v.mT @ probabilities.mT).mT
+    if c.value == "bmm":
+        out = torch.bmm(probabilities.flatten(0, 1), v.flatten(0, 1))
+        return out.unflatten(0, v.shape[:2]).transpose(1, 2).flatten(2)
+    return probabilities @ v
+
+
+@given(CHOICES)
+@settings(max_examples=CASES, deadline=None, phases=PHASES)
+def test_random_spellings(choices: Choices) -> None:
+    """Whatever is raised equals what was written; without a mistake everything is."""
+    keep = torch.rand(2, 1, 5, 6) < 0.7
+    keep[..., 0] = True
+    operands = [*qkv(), torch.randn(2, 4, 5, 6), keep]
+
+    def model(*args: Tensor) -> Any:
+        return spell(choices, *args)
+
+    raised = run_traced(model, *operands)
+    for ours, theirs in zip(tree_leaves(raised.result), tree_leaves(model(*operands)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    kinds = [isinstance(found, Candidate) for found in raised.found]
+    if choices.mistake == "no":
+        assert kinds == [True], [str(site.miss) for site in raised.found]  # type: ignore[union-attr]
+    else:
+        assert True not in kinds
