@@ -175,8 +175,10 @@ def interpret_fp8(
     sites: list[Site] = []
 
     def inner_compile(gm: GraphModule, example_inputs: Any, *_: Any, **__: Any) -> Any:
-        lower_graph(gm.graph)
-        gm.recompile()
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                lower_graph(module.graph)
+                module.recompile()
         return gm.forward
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
