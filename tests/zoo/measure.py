@@ -37,7 +37,7 @@ from lp_inductor.lowerings.attention import lower_graph
 from lp_inductor.passes.capture import capture
 from lp_inductor.passes.rewrite import SITE_META
 from lp_inductor.passes.site import Site
-from tests.helpers import graph_text, sqnr
+from tests.helpers import graph_text, keep, sqnr
 
 aten = torch.ops.aten
 
@@ -140,6 +140,26 @@ def measure(
         sqnr(primary(eager), primary(stock)),
         sqnr(primary(stock), primary(fp8)),
     )
+
+
+def stock_graphs(
+    build: Callable[[], Built], dynamo: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The text of each graph that torch.compile has without us where ``Record.text`` is taken."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    texts: list[str] = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        with functorch_config.patch(enable_autograd_cache=False):
+            return compile_fx(gm, example_inputs, keep(texts))
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(dict(dynamo or {})):
+        module, args, kwargs = build()
+        torch.compile(module, backend=backend)(*args, **kwargs)
+    return texts
 
 
 def primary(output: Any) -> Tensor:
