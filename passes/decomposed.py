@@ -42,7 +42,7 @@ from lp_inductor.passes.digits import (
     radix,
 )
 from lp_inductor.passes.emit import Emitter, size_nodes
-from lp_inductor.passes.indexing import Lanes
+from lp_inductor.passes.indexing import HeadLanes, Lanes
 from lp_inductor.passes.lanes import cast_source
 from lp_inductor.passes.movement import Element, pull, shape_of, value_of
 from lp_inductor.passes.raising import Candidate, Dims, WrittenOperand
@@ -205,7 +205,7 @@ def _operand_elements(
     """Query, key and value as the products read them: every lane of one row."""
     first, second = (arg for arg in scores.product.node.args[-2:] if isinstance(arg, Node))
     batch, row, column = scores.product.index
-    assert not isinstance(row, Lanes)
+    assert not isinstance(row, Lanes | HeadLanes)
     width = shape_of(first)[2]
     value_width = shape_of(product.value)[1 if product.transposed else 2]
     if not (width.is_Integer and value_width.is_Integer):

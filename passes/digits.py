@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from lp_inductor.passes.emit import Emitter
-from lp_inductor.passes.indexing import ZERO, Bounds, Index, Lanes
+from lp_inductor.passes.indexing import ZERO, Bounds, HeadLanes, Index, Lanes
 from lp_inductor.passes.movement import Element, shape_of
 
 aten = torch.ops.aten
@@ -115,7 +115,7 @@ def find_split(index: Index, axes: ScoreAxes, *roles: str) -> Split | None:
     """A digit with one of ``roles`` (any, if none are given) that ``index`` divides."""
     by_symbol = {digit.symbol: digit for digit in axes.digits}
     for entry in index:
-        if isinstance(entry, Lanes):
+        if isinstance(entry, Lanes | HeadLanes):
             continue
         for part in sorted(entry.atoms(FloorDiv, PythonMod), key=str):
             digit = by_symbol.get(part.args[0])

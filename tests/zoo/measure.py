@@ -142,9 +142,7 @@ def measure(
     )
 
 
-def stock_graphs(
-    build: Callable[[], Built], dynamo: Mapping[str, Any] | None = None
-) -> list[str]:
+def stock_graphs(build: Callable[[], Built], dynamo: Mapping[str, Any] | None = None) -> list[str]:
     """The text of each graph that torch.compile has without us where ``Record.text`` is taken."""
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
