@@ -201,6 +201,9 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
     if query is None or key is None:
         which = "query" if key is None else "key"
         return Miss(MissCode.ROPE_ONE_SIDED, f"only the {which} is rotated")
+    if (query.tokens is None) != (key.tokens is None):
+        which, part = ("query", query) if key.tokens is None else ("key", key)
+        return Miss(MissCode.ROPE_ONE_SIDED, f"only tokens {part.tokens} of the {which} turn")
     windows = [(r.interleaved, r.start, r.width) for r in (query, key)]
     if windows[0] != windows[1]:
         return Miss(MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}")
@@ -225,4 +228,4 @@ def check_same_rope(query: RopeMatch | None, key: RopeMatch | None, sdpa: Sdpa) 
 
 def _table_names(query: RopeMatch, key: RopeMatch) -> str:
     tables = (query.cos, query.sin, key.cos, key.sin)
-    return "query reads {} and {}, key reads {} and {}".format(*(t.node for t in tables))
+    return "query reads {} and {}, key reads {} and {}".format(*(t.describe() for t in tables))
