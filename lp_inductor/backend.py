@@ -161,19 +161,14 @@ class Fp8Backend:
 
     def report(self, sites: Sequence[Site]) -> None:
         """Do what ``on_miss`` says about the sites of one graph."""
-        missed = [site for site in sites if site.miss is not None]
-        if not missed or self.config.on_miss == "ignore":
+        if self.config.on_miss == "ignore":
             return
-        if self.config.on_miss == "raise":
-            raise MissError("; ".join(f"{site.module}: {site.miss}" for site in missed))
-        for code in {site.miss.code for site in missed if site.miss}:
-            named = [site for site in missed if site.miss and site.miss.code is code]
-            log.warning(
-                "%d attention sites stay as they are: %s (first: %s)",
-                len(named),
-                named[0].miss,
-                named[0].module,
-            )
+        missed = [(site, site.miss) for site in sites if site.miss is not None]
+        if missed and self.config.on_miss == "raise":
+            raise MissError("; ".join(f"{site.module}: {miss}" for site, miss in missed))
+        _warn("stay as they are", missed)
+        rotated = [(site, site.rope_miss) for site in sites if site.rope_miss is not None]
+        _warn("leave a rotation to the model", rotated)
 
     def reset(self) -> None:
         """Forget CUDA graphs; called by ``torch.compiler.reset``."""
@@ -190,6 +185,14 @@ class Fp8Backend:
     def __hash__(self) -> int:
         """By configuration; Inductor's options are not hashable."""
         return hash(self.config)
+
+
+def _warn(what: str, missed: Sequence[tuple[Site, Miss]]) -> None:
+    """One warning for each code."""
+    for code in dict.fromkeys(miss.code for _, miss in missed):
+        named = [(site, miss) for site, miss in missed if miss.code is code]
+        site, miss = named[0]
+        log.warning("%d attention sites %s: %s (first: %s)", len(named), what, miss, site.module)
 
 
 class _LpFp8:

@@ -50,6 +50,10 @@ class Report:
         """How often each reason kept a site as it was."""
         return Counter(site.miss.code for site in self.sites if site.miss is not None)
 
+    def rope_misses(self) -> Counter[MissCode]:
+        """How often each reason left a rotation to the model's own code, at rewritten sites."""
+        return Counter(site.rope_miss.code for site in self.sites if site.rope_miss is not None)
+
     def summary(self) -> str:
         """One line."""
         graphs = f"{self.graphs} graph" + ("s" if self.graphs != 1 else "")
@@ -68,7 +72,8 @@ class Report:
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines += ["", self.summary()]
-        lines += [f"  {count} x {code.name}: {code.value}" for code, count in self.misses().items()]
+        reasons = [*self.misses().items(), *self.rope_misses().items()]
+        lines += [f"  {count} x {code.name}: {code.value}" for code, count in reasons]
         return "\n".join(lines)
 
     def to_html(self, path: str | Path) -> None:
@@ -91,7 +96,7 @@ def _row(number: int, site: Site) -> tuple[str, ...]:
         str(number),
         site.module or "-",
         "yes" if site.fused else "no",
-        site.rope or "-",
+        _rope(site),
         site.mask,
         site.kernel or "-",
         site.granularity or "-",
@@ -99,6 +104,12 @@ def _row(number: int, site: Site) -> tuple[str, ...]:
         _shape(site.key_shape),
         "-" if site.miss is None else site.miss.code.name,
     )
+
+
+def _rope(site: Site) -> str:
+    """What is fused, and why the rest is not."""
+    left = [] if site.rope_miss is None else [site.rope_miss.code.name]
+    return " ".join([site.rope or "", *left]).strip() or "-"
 
 
 def _shape(shape: Sequence[int | str]) -> str:

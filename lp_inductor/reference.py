@@ -24,8 +24,8 @@ def rotate(
 
     Args:
         x: (batch, heads, tokens, head_dim), float32.
-        cos, sin: (batch or 1, tokens, width or width / 2), any float dtype. Half the width means
-            that both lanes of a pair share one entry.
+        cos, sin: (batch or 1, heads or 1, tokens, width or width / 2), any float dtype; heads as
+            those of x. Half the width means that both lanes of a pair share one entry.
         interleaved: pairs are lanes (2p, 2p + 1) of the window; otherwise (p, p + width / 2).
 
     Returns:
@@ -33,7 +33,7 @@ def rotate(
     """
     half = width // 2
     window = x[..., start : start + width]
-    tables = (cos.float().unsqueeze(1), sin.float().unsqueeze(1))
+    tables = (cos.float(), sin.float())
     if interleaved:
         a, b = window[..., 0::2], window[..., 1::2]
         (cos_a, cos_b), (sin_a, sin_b) = (

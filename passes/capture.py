@@ -16,14 +16,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lp_inductor.passes import multihead
 from lp_inductor.passes.movement import value_of
-from lp_inductor.passes.result import Miss, MissCode, Ok
-from lp_inductor.passes.site import Site, check_operands, module_of, shape_for_report
+from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.passes.site import (
+    REFUSED_META,
+    Site,
+    check_operands,
+    module_of,
+    shape_for_report,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,26 +56,64 @@ _PARAMETERS: tuple[tuple[str, Any], ...] = (
 _CHOOSES_BACKEND = ("_sdpa_kernel", "_sdpa_kernel_variadic")
 
 
+#: Higher-order operators whose subgraphs keep the opaque node whole and on which Inductor runs our
+#: passes; ``tests/passes/test_capture.py`` compiles each. Those missing here fail in Inductor
+#: itself (map, scan, strict_mode, hints_wrapper), or have attention of their own
+#: (flex_attention).
+_OPEN = frozenset(
+    {
+        "cond",
+        "invoke_subgraph",  # torch.compiler.nested_compile_region
+        "tag_activation_checkpoint",  # torch.utils.checkpoint
+        "while_loop",
+        "wrap",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+    }
+)
+
+
+@dataclass
+class _Call:
+    """One attention call: its graph, and what stands around it.
+
+    ``operators``: the higher-order operators whose subgraphs it is in.
+    """
+
+    graph: Graph
+    node: Node
+    forced: bool
+    closed: str | None
+    operators: set[Node]
+
+
 def capture(gm: GraphModule) -> list[Site]:
-    """Replace the attention calls of ``gm`` in place; return the sites that were left alone."""
+    """Replace the attention calls of ``gm`` in place; return the sites that were left alone.
+
+    Calls inside the subgraphs of higher-order operators are captured too where that operator
+    lets our passes see its subgraphs.
+    """
     refused: list[Site] = []
-    captured = 0
-    for node, forced in _attention_calls(gm.graph):
-        arguments = _arguments(node)
-        verdict = _check_call(arguments, node, forced)
-        if isinstance(verdict, Miss):
-            refused.append(refused_site(node, arguments, verdict))
+    calls = _attention_calls(gm)
+    for call in calls:
+        if not is_attention(call.node):
+            sites = _capture_multihead(call)
+            if sites:
+                _mark_refused(call.node)
+            refused += sites
             continue
-        _replace(gm.graph, node, arguments)
-        captured += 1
-    for name, child in gm.named_modules():
-        if name and isinstance(child, GraphModule):
-            for node, _ in _attention_calls(child.graph):
-                miss = Miss(MissCode.SUBGRAPH, f"in {name}")
-                refused.append(refused_site(node, _arguments(node), miss))
-    if captured:
-        gm.recompile()
-    log.debug("captured %d attention calls, left %d alone", captured, len(refused))
+        arguments = _arguments(call.node)
+        verdict = _check_call(arguments, call)
+        if isinstance(verdict, Miss):
+            refused.append(refused_site(call.node, arguments, verdict))
+            for node in (call.node, *call.operators):
+                _mark_refused(node)
+            continue
+        _replace(call.node, arguments)
+    for graph in {call.graph for call in calls}:
+        if graph.owning_module is not None:
+            graph.owning_module.recompile()
+    log.debug("captured %d attention calls, left %d alone", len(calls) - len(refused), len(refused))
     return refused
 
 
@@ -76,18 +122,63 @@ def is_attention(node: Node) -> bool:
     return node.op == "call_function" and node.target in _TARGETS
 
 
-def _attention_calls(graph: Graph) -> Iterator[tuple[Node, bool]]:
-    """Each attention call, and whether an sdpa_kernel context around it restricts its backend."""
+def _attention_calls(gm: GraphModule) -> list[_Call]:
+    """Every attention call of a module and of its subgraphs, each once."""
+    calls: dict[Node, _Call] = {}
+    visited: set[tuple[int, bool, str | None]] = set()
+
+    def visit(
+        module: GraphModule, forced: bool, closed: str | None, operators: frozenset[Node]
+    ) -> None:
+        if (key := (id(module), forced, closed)) in visited:
+            return
+        visited.add(key)
+        for node, chosen in _with_backend_choice(module.graph):
+            here = forced or chosen
+            if is_attention(node) or multihead.is_multihead(node):
+                call = calls.setdefault(node, _Call(module.graph, node, here, closed, set()))
+                # A subgraph may be called from several places: all of them must allow it.
+                call.forced |= here
+                call.closed = call.closed or closed
+                call.operators |= operators
+            for child in _subgraphs(module, node):
+                visit(child, here, closed or _closed_by(node), operators | {node})
+
+    visit(gm, False, None, frozenset())
+    return list(calls.values())
+
+
+def _closed_by(node: Node) -> str | None:
+    """The operator whose subgraphs our passes must not touch; None for one that is open."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return None if name in _OPEN else name
+
+
+def _subgraphs(module: GraphModule, node: Node) -> list[GraphModule]:
+    """The graph modules that a node calls: itself, or what a higher-order operator is given."""
+    names = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    if node.op == "call_module":
+        names = [str(node.target)]
+    children = (_attribute(module, name) for name in names)
+    return [child for child in children if isinstance(child, GraphModule)]
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _with_backend_choice(graph: Graph) -> Iterator[tuple[Node, bool]]:
+    """Each node, and whether an sdpa_kernel context around it restricts attention's backend."""
     outside: set[str] | None = None
     forced = False
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
         if getattr(node.target, "__name__", "") in _CHOOSES_BACKEND:
             outside = outside if outside is not None else enabled_backends()
             forced = _chosen_backends(node) != outside
-        elif is_attention(node):
-            yield node, forced
+        yield node, forced
 
 
 def enabled_backends() -> set[str]:
@@ -118,15 +209,14 @@ def _arguments(node: Node) -> dict[str, Any]:
     return arguments
 
 
-def _check_call(arguments: dict[str, Any], node: Node, forced: bool) -> Ok | Miss:
+def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     """Refuse what can be refused already; what remains must mean ``lp_inductor::sdpa``."""
-    if forced:
-        return Miss(MissCode.BACKEND_FORCED)
+    placed = _check_place(call)
+    if isinstance(placed, Miss):
+        return placed
     if not _is_zero(arguments["dropout_p"]):
         return Miss(MissCode.DROPOUT, lambda: f"dropout_p={arguments['dropout_p']}")
-    if "FLASH_ATTENTION" not in enabled_backends():
-        return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
-    out = value_of(node)
+    out = value_of(call.node)
     if isinstance(out, torch.Tensor) and out.requires_grad:
         return Miss(MissCode.NEEDS_GRAD)
     if not all(isinstance(arguments[name], bool) for name in ("is_causal", "enable_gqa")):
@@ -135,10 +225,49 @@ def _check_call(arguments: dict[str, Any], node: Node, forced: bool) -> Ok | Mis
     operands = {n: _value(arguments[n]) for n in names}
     if arguments["attn_mask"] is not None and operands["attn_mask"] is None:
         return Miss(MissCode.MASK_IS_DATA, "the mask's value is unknown")
+    if any(isinstance(t, torch.Tensor) and _is_batched(t) for t in operands.values()):
+        return Miss(MissCode.SUBCLASS, "inside torch.vmap, which has a rule for attention itself")
     verdict = check_operands(operands)
     if isinstance(verdict, Ok):
         _specialize_heads(operands)
     return verdict
+
+
+def _mark_refused(node: Node) -> None:
+    """Nobody shall find the call again in what AOTAutograd makes of it.
+
+    AOTAutograd traces some subgraphs in a way that loses the marks inside; there the mark of the
+    operator speaks for all of its subgraph.
+    """
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
+
+
+def _check_place(call: _Call) -> Ok | Miss:
+    """Refuse where nothing may be captured, whatever the call's arguments are."""
+    if call.closed is not None:
+        return Miss(MissCode.SUBGRAPH, f"in a subgraph of {call.closed}")
+    if call.forced:
+        return Miss(MissCode.BACKEND_FORCED)
+    if "FLASH_ATTENTION" not in enabled_backends():
+        return Miss(MissCode.BACKEND_FORCED, "the flash-attention backend is disabled")
+    return OK
+
+
+def _capture_multihead(call: _Call) -> list[Site]:
+    """Capture inside of PyTorch's own multi-head attention, or say why not."""
+    verdict = _check_place(call)
+    if not isinstance(verdict, Miss):
+        verdict = multihead.capture_multihead(call.node)
+    if isinstance(verdict, Ok):
+        return []
+    shapes = [value_of(arg) for arg in call.node.all_input_nodes[:1]]
+    shape = shape_for_report(shapes[0]) if isinstance(shapes[0], torch.Tensor) else ()
+    return [Site(module_of(call.node), False, None, "data", None, None, verdict, shape, (), ())]
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func holds the tensor."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _specialize_heads(operands: dict[str, Any]) -> None:
@@ -156,7 +285,7 @@ def _value(argument: Any) -> Any:
     return value_of(argument) if isinstance(argument, Node) else argument
 
 
-def _replace(graph: Graph, node: Node, arguments: dict[str, Any]) -> None:
+def _replace(node: Node, arguments: dict[str, Any]) -> None:
     operands = tuple(
         arguments[name]
         for name in ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")

@@ -50,6 +50,22 @@ class Emitter:
                 node.meta[key] = self.site.meta[key]
         return node
 
+    def size(self, expr: sympy.Expr) -> int | Node:
+        """A size as an argument: a number, or a node that computes it (see :func:`can_size`)."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            found = _size_source(self.graph, expr)
+            assert found is not None
+            node, dim = found
+            return node if dim is None else self.call(aten.sym_size.int, node, dim)
+        combine = operator.add if expr.is_Add else operator.mul
+        terms = [self.size(term) for term in expr.args]
+        result = terms[0]
+        for term in terms[1:]:
+            result = self.call(combine, result, term)
+        return result
+
     def like(self, value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         """A fake tensor like ``value``: a view of ``base``, or with storage of its own.
 
@@ -68,6 +84,30 @@ class Emitter:
         """Let ``result`` stand for the site and erase the site."""
         self.site.replace_all_uses_with(result)
         self.graph.erase_node(self.site)
+
+
+def can_size(graph: Graph, expr: sympy.Expr) -> bool:
+    """Whether the inputs of ``graph`` tell the value of ``expr``: sums and products of sizes."""
+    if expr.is_Symbol:
+        return _size_source(graph, expr) is not None
+    if expr.is_Add or expr.is_Mul:
+        return all(can_size(graph, term) for term in expr.args)
+    return bool(expr.is_Integer)
+
+
+def _size_source(graph: Graph, symbol: sympy.Expr) -> tuple[Node, int | None] | None:
+    """An input that is ``symbol``, or a tensor input and its dimension of that size."""
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and to_expr(value) == symbol:
+            return node, None
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if to_expr(size) == symbol:
+                    return node, dim
+    return None
 
 
 def _fake(arg: Any) -> Any:
@@ -106,32 +146,6 @@ def _detach_metadata(graph: Graph, node: Node) -> None:
             if dims:
                 user.args = (source, dims[0])
                 break
-
-
-def emit_size(emitter: Emitter, expr: sympy.Expr) -> int | Node:
-    """An integer expression over symbolic sizes as a number, or as nodes that compute it."""
-    if expr.is_Integer:
-        return int(expr)
-    if expr.is_Symbol:
-        return size_node(emitter, expr)
-    function = {sympy.Add: operator.add, sympy.Mul: operator.mul}[expr.func]
-    total, *rest = (emit_size(emitter, part) for part in expr.args)
-    for part in rest:
-        total = emitter.call(function, total, part)
-    return total
-
-
-def size_node(emitter: Emitter, size: sympy.Expr) -> Node:
-    """A node that yields a symbolic size: a graph input, else asked of an input of the site."""
-    known = size_nodes(emitter).get(size)
-    if known is not None:
-        return known
-    for source in emitter.site.all_input_nodes:
-        shape = getattr(value_of(source), "shape", ())
-        for dim, here in enumerate(shape):
-            if to_expr(here) == size:
-                return emitter.call(aten.sym_size.int, source, dim)
-    raise AssertionError(f"no tensor has the size {size}")
 
 
 def size_nodes(emitter: Emitter) -> dict[sympy.Expr, Node]:

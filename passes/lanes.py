@@ -26,14 +26,13 @@ import sympy
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.indexing import Bounds, Index, Lanes, pick_lanes
+from lp_inductor.passes.indexing import KEY, QUERY, Bounds, Index, Lanes, pick_lanes
+from lp_inductor.passes.joins import Cut, follow_join
 from lp_inductor.passes.movement import (
     Element,
     argument,
     broadcast_index,
     concrete_lanes,
-    join_pieces,
-    piece_index,
     pull,
     shape_of,
     value_of,
@@ -43,6 +42,16 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 Trail: TypeAlias = "tuple[Element, ...]"
+
+#: Operators that cast, and which argument they cast. ``copy`` does when an in-place copy did.
+_CASTS = {
+    prims.convert_element_type.default: 0,
+    aten._to_copy.default: 0,
+    aten.copy.default: 1,
+}
+
+#: A sum over a dimension of more elements than this is a reduction, not a spelling of a rotation.
+_MAX_SUMMED = 4
 
 #: Casts between these may be followed: none of them loses what FP8 could still tell apart.
 WIDE_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -78,21 +87,40 @@ def cast_source(node: Node) -> Node | None:
         return None
     source = node.args[0]
     assert isinstance(source, Node)
+    return source if all(value_of(n).dtype in WIDE_FLOATS for n in (node, source)) else None
+
+
+def follow_cast(element: Element) -> Element | None:
+    """The element before a cast between wide floating-point types; None for another node."""
+    node = element.node
+    if node.op != "call_function" or node.target not in _CASTS:
+        return None
+    source = node.args[_CASTS[node.target]]
+    assert isinstance(source, Node)
     types = (value_of(node).dtype, value_of(source).dtype)
-    return source if all(t in WIDE_FLOATS for t in types) else None
+    if any(t not in WIDE_FLOATS for t in types):
+        return None
+    if node.target is aten.copy.default and types[0] == types[1]:
+        return None  # moves only
+    index = broadcast_index(source, node, element.index)
+    return None if index is None else Element(source, index)
 
 
 class LaneTracker:
     """Tracks the lanes of one operand.
 
     ``stop`` names a node to be taken as a source, not looked through. ``visited`` collects the
-    nodes that were.
+    nodes that were, ``products`` those of them that multiply two elements. ``cuts`` collects the
+    values of the token symbol at which the operand is put together: there a join was taken as a
+    source, since none of its pieces has all tokens.
     """
 
     def __init__(self, bounds: Bounds, stop: Node | None = None) -> None:
         self._bounds = bounds
         self._stop = stop
         self.visited: set[Node] = set()
+        self.products: set[Node] = set()
+        self.cuts: list[sympy.Expr] = []
 
     def terms(self, node: Node, index: Index, lane_count: int) -> list[Term]:
         """The terms of all lanes of ``node`` at ``index``, whose lane entry has every lane."""
@@ -107,7 +135,7 @@ class LaneTracker:
             return [below]
         if (step := self._transparent(element)) is not None:
             return self._sum(step, below)
-        if (pieces := self._joined(element, below)) is not None:
+        if (pieces := self._joined(element, below, cutting=True)) is not None:
             return [t for piece, part in pieces for t in self._sum(piece, part)]
         if (sign := unit_scale(node)) is not None:
             return self._sum(Element(_tensor(node, 0), index), _signed(below, sign))
@@ -116,6 +144,10 @@ class LaneTracker:
                 return self._add(element, below)
             if node.target is aten.mul.Tensor:
                 return self._multiply(element, below)
+            if node.target is aten.addcmul.default:
+                return self._add_product(element, below)
+            if node.target is aten.sum.dim_IntList:
+                return self._reduce(element, below)
         return [below]
 
     def _add(self, element: Element, below: Term) -> list[Term]:
@@ -127,20 +159,54 @@ class LaneTracker:
         other = _signed(below, -1) if subtract else below
         return [*self._sum(left, below), *self._sum(right, other)]
 
+    def _add_product(self, element: Element, below: Term) -> list[Term]:
+        """``addcmul(x, a, b, value=v)`` is x + v * a * b."""
+        operands = self._operands(element, (0, 1, 2))
+        value = element.node.kwargs.get("value", 1)
+        sign = 1 if value == 1 else -1
+        if operands is None or value not in (1, -1):
+            return [below]
+        self.products.add(element.node)
+        fresh = replace(below, factors=((),))
+        left = self._product(operands[1], _signed(fresh, sign))
+        right = self._product(operands[2], replace(fresh, sign=1))
+        return [*self._sum(operands[0], below), *_products(left, right)]
+
+    def _reduce(self, element: Element, below: Term) -> list[Term]:
+        """A sum over a dimension of two or so elements, as in ``(matrices * x).sum(-1)``."""
+        source = _tensor(element.node, 0)
+        shape = shape_of(source)
+        dims = [d % len(shape) for d in argument(element.node, 1, "dim") or ()]
+        if len(dims) != 1 or not shape[dims[0]].is_Integer or shape[dims[0]] > _MAX_SUMMED:
+            return [below]
+        if any(value_of(n).dtype not in WIDE_FLOATS for n in (element.node, source)):
+            return [below]
+        dim, keeps = dims[0], bool(argument(element.node, 2, "keepdim", False))
+        rest = element.index[dim + 1 :] if keeps else element.index[dim:]
+        return [
+            term
+            for n in range(int(shape[dim]))
+            for term in self._sum(
+                Element(source, (*element.index[:dim], sympy.Integer(n), *rest)), below
+            )
+        ]
+
     def _multiply(self, element: Element, below: Term) -> list[Term]:
         operands = self._operands(element)
         if operands is None:
             return [below]
         fresh = replace(below, factors=((),))
         if not value_of(element.node).is_complex():
+            self.products.add(element.node)
             left = self._product(operands[0], fresh)
             return _products(left, self._product(operands[1], replace(fresh, sign=1)))
         if not all(value_of(o.node).is_complex() for o in operands):
             return [below]  # a real table scales a complex number, it does not rotate it
+        self.products.add(element.node)
         return self._complex_product(element, operands, fresh)
 
     def _complex_product(
-        self, element: Element, operands: tuple[Element, Element], fresh: Term
+        self, element: Element, operands: tuple[Element, ...], fresh: Term
     ) -> list[Term]:
         """Re = xr*cr - xi*ci and Im = xr*ci + xi*cr, for the part each lane asks for."""
         parts = concrete_lanes(element.index[-1], len(fresh.positions))
@@ -171,7 +237,7 @@ class LaneTracker:
             return [below]
         if (step := self._transparent(element)) is not None:
             return self._product(step, below)
-        if (pieces := self._joined(element, below)) is not None:
+        if (pieces := self._joined(element, below, cutting=False)) is not None:
             return [t for piece, part in pieces for t in self._product(piece, part)]
         if (sign := unit_scale(element.node)) is not None:
             source = Element(_tensor(element.node, 0), element.index)
@@ -181,40 +247,35 @@ class LaneTracker:
     def _transparent(self, element: Element) -> Element | None:
         if element.node.target is operator.getitem:
             self.visited.update(element.node.all_input_nodes)  # a split is passed with its output
-        source = cast_source(element.node)
-        return Element(source, element.index) if source else pull(element, self._bounds)
+        return follow_cast(element) or pull(element, self._bounds)
 
-    def _joined(self, element: Element, below: Term) -> list[tuple[Element, Term]] | None:
-        """The pieces of a cat or stack along lanes, each with the positions that read it."""
-        joined = join_pieces(element.node)
-        if joined is None:
+    def _joined(
+        self, element: Element, below: Term, cutting: bool
+    ) -> list[tuple[Element, Term]] | None:
+        """The pieces of a join, each with the positions that read it."""
+        found = follow_join(element, len(below.positions), self._bounds)
+        if found is None or isinstance(found, Cut):
+            if cutting and isinstance(found, Cut):
+                self._cut(found)
             return None
-        dim, pieces = joined
-        lanes = concrete_lanes(element.index[dim], len(below.positions))
-        if lanes is None:
-            return None
-        result: list[tuple[Element, Term]] = []
-        offset = sympy.S.Zero
-        for tensor, extent in pieces:
-            if not extent.is_Integer:
-                return None
-            keep = [n for n, lane in enumerate(lanes) if offset <= lane < offset + extent]
-            if keep:
-                concrete = (*element.index[:dim], lanes, *element.index[dim + 1 :])
-                source = piece_index(element.node, pick_lanes(concrete, keep), dim, offset)
-                if source is None:
-                    return None
-                result.append((Element(tensor, source), below.at(keep)))
-            offset += extent
-        return result
+        return [(branch.element, below.at(branch.keep)) for branch in found]
 
-    def _operands(self, element: Element) -> tuple[Element, Element] | None:
-        """Both tensor operands of a broadcasting operator at the element it computes."""
+    def _cut(self, cut: Cut) -> None:
+        """Note where along the tokens a join changes from one piece to another."""
+        for symbol in cut.entry.free_symbols & {QUERY, KEY}:
+            offset = sympy.expand(cut.entry - symbol)
+            if not offset.free_symbols & self._bounds.keys():
+                self.cuts.extend(sympy.expand(p - offset) for p in cut.positions)
+
+    def _operands(
+        self, element: Element, which: tuple[int, ...] = (0, 1)
+    ) -> tuple[Element, ...] | None:
+        """The tensor operands of a broadcasting operator at the element it computes."""
         node, index = element.node, element.index
         is_complex = value_of(node).is_complex()
         plain, part = (index[:-1], index[-1:]) if is_complex else (index, ())
         operands: list[Element] = []
-        for position in (0, 1):
+        for position in which:
             operand = node.args[position]
             if not isinstance(operand, Node) or not isinstance(value_of(operand), torch.Tensor):
                 return None
@@ -225,7 +286,7 @@ class LaneTracker:
                 return None
             keeps_part = part if value_of(operand).is_complex() else ()
             operands.append(Element(operand, (*source, *keeps_part)))
-        return operands[0], operands[1]
+        return tuple(operands)
 
 
 def _tensor(node: Node, position: int) -> Node:

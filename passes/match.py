@@ -16,12 +16,15 @@ from torch.fx import Node
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import asks_metadata_only
 from lp_inductor.passes.indexing import KEY, QUERY, shape_exprs, to_expr
+from lp_inductor.passes.joins import is_overwritten
 from lp_inductor.passes.mask import MaskProver
-from lp_inductor.passes.placement import Axes, Placement, match_placement
+from lp_inductor.passes.placement import Axes, match_placement
+from lp_inductor.passes.raising import REPLACES_META
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.rope import NoRope, RopeMatch, RopeMatcher
 from lp_inductor.passes.site import AttentionCall, Sdpa, check_dtypes, check_operands, values
 from lp_inductor.passes.site_mask import SiteMask, match_mask
+from lp_inductor.passes.sources import Source
 from lp_inductor.passes.values import ValueNumbers
 
 
@@ -29,13 +32,13 @@ from lp_inductor.passes.values import ValueNumbers
 class Operand:
     """Query, key or value: where it lives, and the rotation to be fused if there is one."""
 
-    source: Placement
+    source: Source
     rope: RopeMatch | None = None
 
     @property
     def head_count(self) -> int:
         """Heads of the source, before any grouped-query copies."""
-        return self.source.layout.head_count
+        return self.source.head_count
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,11 @@ class SiteMatcher:
             return mask
         axes = operand_axes(sdpa)
         heads = int(axes["query"].heads)
-        query, key, rope_miss = self._match_ropes(sdpa, axes)
+        query, key, rope_miss = self._match_ropes(sdpa, axes, 1)
         value = _placed(sdpa.value, axes["value"], 1)
         kv_heads = max(key.head_count, value.head_count)
         if key.head_count != kv_heads:
-            key = self._again(sdpa.key, axes["key"], kv_heads, key)
+            query, key, rope_miss = self._match_ropes(sdpa, axes, kv_heads)
         if value.head_count != kv_heads:
             value = _placed(sdpa.value, axes["value"], kv_heads)
         counts = {key.head_count, value.head_count}
@@ -110,11 +113,14 @@ class SiteMatcher:
         return SiteMatch(sdpa, query, key, value, mask, heads // kv_heads, rope_miss)
 
     def _match_ropes(
-        self, sdpa: Sdpa, axes: dict[str, Axes]
+        self, sdpa: Sdpa, axes: dict[str, Axes], kv_heads: int
     ) -> tuple[Operand, Operand, Miss | None]:
-        """Query and key with the rotations that may be fused, and why another may not."""
+        """Query and key with the rotations that may be fused, and why another may not.
+
+        ``kv_heads``: the heads that the key's source must have at least.
+        """
         nodes = {"query": sdpa.query, "key": sdpa.key}
-        min_heads = {"query": int(axes["query"].heads), "key": 1}
+        min_heads = {"query": int(axes["query"].heads), "key": kv_heads}
         found: dict[str, RopeMatch | Miss | NoRope] = {}
         for name, node in nodes.items():
             rope: RopeMatch | Miss | NoRope = NoRope()
@@ -135,14 +141,6 @@ class SiteMatcher:
             )
         return operands["query"], operands["key"], miss
 
-    def _again(self, node: Node, axes: Axes, min_heads: int, former: Operand) -> Operand:
-        """The operand over at least ``min_heads`` heads, its rotation fused if it was."""
-        if former.rope is not None:
-            rope = self._ropes.match_rope(node, axes, min_heads)
-            if isinstance(rope, RopeMatch):
-                return Operand(rope.source, rope)
-        return _placed(node, axes, min_heads)
-
 
 def settle_ropes(
     query: RopeMatch | Miss | NoRope, key: RopeMatch | Miss | NoRope
@@ -151,7 +149,8 @@ def settle_ropes(
 
     Each operand is rotated by its own proved tables, so one of them may be fused alone: the key of
     a cache is rotated before it is stored. Two rotations that are not the same are both left to
-    the model.
+    the model. A rotation that also moves lanes needs the other to move them alike: the scores do
+    not see that, and the lanes are then left in their order.
     """
     misses = [found for found in (query, key) if isinstance(found, Miss)]
     ropes = {
@@ -164,6 +163,9 @@ def settle_ropes(
         if isinstance(same, Miss):
             misses.append(same)
             ropes = dict.fromkeys(ropes)
+    elif any(rope is not None and rope.permuted for rope in ropes.values()):
+        misses.append(Miss(MissCode.ROPE_FORM, "only one of query and key has its lanes moved"))
+        ropes = dict.fromkeys(ropes)
     return ropes, misses[0] if misses else None
 
 
@@ -221,6 +223,8 @@ def check_same_rope(query: RopeMatch, key: RopeMatch) -> Ok | Miss:
     windows = [(r.interleaved, r.start, r.width) for r in (query, key)]
     if windows[0] != windows[1]:
         return Miss(MissCode.ROPE_TABLES_DIFFER, f"query {query.describe()}, key {key.describe()}")
+    if query.permutation != key.permutation:
+        return Miss(MissCode.ROPE_FORM, "query and key have their lanes in different orders")
     if query.keys != key.keys:
         return Miss(MissCode.ROPE_TABLES_DIFFER, lambda: _table_names(query, key))
     return OK
@@ -232,7 +236,9 @@ def check_output_free(name: str, rope: RopeMatch, sdpa: Sdpa) -> Ok | Miss:
         strangers = [
             user
             for user in node.users
-            if user not in rope.region and user is not sdpa.node and not asks_metadata_only(user)
+            if user not in rope.region and user is not sdpa.node
+            if user not in sdpa.node.meta.get(REPLACES_META, ())
+            if not asks_metadata_only(user) and not is_overwritten(user)
         ]
         if strangers:
             return Miss(MissCode.ROPE_OUTPUT_USED, f"the rotated {name} is used by {strangers[0]}")

@@ -15,13 +15,17 @@ import sympy
 import torch
 from torch.fx import Node
 
+from lp_inductor.passes.constants import constant_values
 from lp_inductor.passes.indexing import (
     ZERO,
     Bounds,
     Entry,
+    HeadLanes,
     Index,
     Lanes,
     affine,
+    is_nonnegative,
+    modulo,
     pull_view,
     shape_exprs,
     to_expr,
@@ -215,6 +219,91 @@ def _getitem(node: Node, index: Index, bounds: Bounds) -> Element | None:
     return None if entry is None else Element(source, _replace(index, dim, entry))
 
 
+def _repeat(node: Node, index: Index, bounds: Bounds) -> Element | None:
+    """``torch.Tensor.repeat``: whole copies one behind the other."""
+    in_shape, out_shape = shape_of(_input(node)), shape_of(node)
+    offset = len(out_shape) - len(in_shape)
+    source: list[Entry] = []
+    for dim, size in enumerate(in_shape):
+        entry = index[dim + offset]
+        if size == out_shape[dim + offset]:
+            source.append(entry)
+        elif isinstance(entry, Lanes | HeadLanes):
+            if isinstance(entry, HeadLanes) or not size.is_Integer:
+                return None
+            source.append(Lanes(lane % int(size) for lane in entry))
+        else:
+            source.append(modulo(entry, size, bounds))
+    return Element(_input(node), tuple(source))
+
+
+def _reverse(node: Node, index: Index, bounds: Bounds) -> Element | None:
+    """``torch.flip``, which is ``prims.rev`` behind AOTAutograd."""
+    source = list(index)
+    for dim in argument(node, 1, "dims"):
+        at = dim % len(index)
+        entry = affine(index[at], -1, shape_of(node)[at] - 1)
+        if entry is None:
+            return None
+        source[at] = entry
+    return Element(_input(node), tuple(source))
+
+
+def _gather(node: Node, index: Index, bounds: Bounds) -> Element | None:
+    """``x[..., indices]``: one index tensor of one dimension, whose values are constants."""
+    given = [(dim, i) for dim, i in enumerate(argument(node, 1, "indices")) if i is not None]
+    if len(given) != 1:
+        return None
+    dim, indices = given[0]
+    entry = index[dim] if dim < len(index) else ZERO
+    values = constant_values(indices) if isinstance(indices, Node) else None
+    if values is None or values.dim() != 1:
+        return None
+    size = shape_of(_input(node))[dim]
+    positions = [int(v) for v in values.tolist()]
+    if min(positions, default=0) < 0:
+        if not size.is_Integer:
+            return None
+        positions = [p + int(size) if p < 0 else p for p in positions]
+    if isinstance(entry, Lanes):
+        return Element(_input(node), _replace(index, dim, Lanes(positions[e] for e in entry)))
+    if isinstance(entry, HeadLanes) or not entry.is_Integer:
+        return None
+    return Element(_input(node), _replace(index, dim, sympy.Integer(positions[int(entry)])))
+
+
+def _copy(node: Node, index: Index, bounds: Bounds) -> Element | None:
+    """``aten.copy(into, source)``: what in-place copies become; ``into`` gives shape and dtype."""
+    source = node.args[1]
+    if not isinstance(source, Node) or value_of(source).dtype != value_of(node).dtype:
+        return None
+    found = broadcast_index(source, node, index)
+    return None if found is None else Element(source, found)
+
+
+def _pad(node: Node, index: Index, bounds: Bounds) -> Element | None:
+    """``constant_pad_nd`` where the element provably lies inside the padded tensor."""
+    padding = argument(node, 1, "pad")
+    in_shape = shape_of(_input(node))
+    source = list(index)
+    for n in range(0, len(padding), 2):
+        dim = len(index) - 1 - n // 2
+        before = scalar_expr(padding[n])
+        entry = None if before is None else affine(index[dim], 1, -before)
+        if entry is None or not _lies_within(entry, in_shape[dim], bounds):
+            return None
+        source[dim] = entry
+    return Element(_input(node), tuple(source))
+
+
+def _lies_within(entry: Entry, size: sympy.Expr, bounds: Bounds) -> bool:
+    if isinstance(entry, Lanes):
+        return bool(size.is_Integer) and all(0 <= lane < int(size) for lane in entry)
+    if isinstance(entry, HeadLanes):
+        return False
+    return is_nonnegative(entry, bounds) and is_nonnegative(size - 1 - entry, bounds)
+
+
 def _split_offset(producer: Node, which: int) -> sympy.Expr | None:
     if which < 0:
         return None
@@ -277,7 +366,9 @@ def concrete_lanes(entry: Entry, count: int) -> Lanes | None:
     """``entry`` as one integer per lane; None where it is symbolic."""
     if isinstance(entry, Lanes):
         return entry
-    return Lanes([int(entry)] * count) if entry.is_Integer else None
+    if isinstance(entry, HeadLanes) or not entry.is_Integer:
+        return None
+    return Lanes([int(entry)] * count)
 
 
 _REAL_COMPLEX_VIEWS = (aten.view_as_real.default, aten.view_as_complex.default)
@@ -303,5 +394,16 @@ _RULES: dict[Any, _Rule] = {
     aten.lift_fresh_copy.default: _same,
     aten.view_as_real.default: _same,
     aten.view_as_complex.default: _same,
+    aten.repeat.default: _repeat,
+    aten.flip.default: _reverse,
+    prims.rev.default: _reverse,
+    aten.index.Tensor: _gather,
+    aten.copy.default: _copy,
+    aten.constant_pad_nd.default: _pad,
     operator.getitem: _getitem,
 }
+
+
+def is_movement(node: Node) -> bool:
+    """Whether :func:`pull` has a rule for the node's operator."""
+    return node.op == "call_function" and node.target in _RULES

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from lp_inductor.passes.decomposed import find_decomposed
 from lp_inductor.passes.expand import expand_site
 from lp_inductor.passes.inline import Inliner
 from lp_inductor.passes.match import SiteMatch, SiteMatcher
+from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.result import Miss, MissCode
 from lp_inductor.passes.rewrite import Rewriter
 from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
@@ -48,16 +50,23 @@ class PipelineOptions:
 
 
 def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[Site]:
-    """Rewrite or expand every ``lp_inductor::sdpa`` node of ``graph``; report on each."""
+    """Rewrite or expand every ``lp_inductor::sdpa`` node of ``graph``; report on each.
+
+    Attention that is written out is rewritten too, or left as it is.
+    """
+    found = find_decomposed(graph)
+    raised = {c.raise_(): c for c in found if isinstance(c, Candidate)}
     nodes = graph.find_nodes(op="call_function", target=torch.ops.lp_inductor.sdpa.default)
+    refused = [site for site in found if isinstance(site, Site)]
     if not nodes:
-        return []
+        return refused
     matcher = SiteMatcher(options.fuse_rope)
     rewriter = Rewriter(graph, options.smooth_k, options.smooth_v)
     inliner = Inliner()
-    sites = []
-    for number, node in enumerate(nodes):
-        sites.append(_run_site(number, node, matcher, rewriter, inliner, decide))
+    sites = refused
+    for number, node in enumerate(nodes, start=len(refused)):
+        written = raised.get(node)
+        sites.append(_run_site(number, node, written, matcher, rewriter, inliner, decide))
     graph.lint()
     log.debug("rewrote %d of %d sites", sum(site.fused for site in sites), len(sites))
     return sites
@@ -66,6 +75,7 @@ def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[S
 def _run_site(
     number: int,
     node: Node,
+    written: Candidate | None,
     matcher: SiteMatcher,
     rewriter: Rewriter,
     inliner: Inliner,
@@ -81,11 +91,16 @@ def _run_site(
         decision = _about_mask(decide(module, match.attention_call()), match.mask)
     if isinstance(match, SiteMatch) and isinstance(decision, Decision):
         site = _record(sdpa, module, mask, match, decision)
+        if written is not None:
+            written.accept(node)
         rewriter.rewrite_site(match, decision.kernel, number)
         return site
     assert isinstance(decision, Miss)
     site = _record(sdpa, module, mask, match, decision)
-    expand_site(sdpa, inliner)
+    if written is not None:
+        written.discard()
+    else:
+        expand_site(sdpa, inliner)
     return site
 
 

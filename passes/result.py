@@ -20,9 +20,14 @@ class MissCode(enum.Enum):
     RANK = "query, key and value are not all 4-dimensional (batch, heads, tokens, head_dim)"
     DTYPE = "query, key and value do not share one of the dtypes bfloat16, float16, float32"
     DEVICE = "query, key and value do not live on one CPU or CUDA device"
-    SUBCLASS = "an operand is a tensor subclass"
-    SUBGRAPH = "the call sits inside a higher-order operator's subgraph"
+    SUBCLASS = "an operand is a tensor subclass, or batched by torch.vmap"
+    SUBGRAPH = "the call sits in a higher-order operator whose subgraphs are not open to capture"
     BACKEND_FORCED = "an sdpa_kernel(...) context chooses the attention backend"
+    FAST_PATH = "a fused operator of PyTorch's transformer fast path holds the attention"
+    # Attention that is written out as matmul, softmax, matmul
+    SCORE_FORM = "scores or probabilities are changed in a way that SDPA has not"
+    SCORES_USED = "scores or probabilities are needed elsewhere too"
+    SOFTCAP = "scores are capped by tanh, which no kernel serves"
     # Shapes
     HEAD_DIM = "the kernel does not serve this head_dim"
     GQA = "key/value heads are not a grouped broadcast of fewer heads"

@@ -30,7 +30,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from lp_inductor.passes.emit import Emitter, emit_size, erase_dead
+from lp_inductor.passes.emit import Emitter, erase_dead
 from lp_inductor.passes.mask import KeyMask
 from lp_inductor.passes.match import Operand, SiteMatch
 from lp_inductor.passes.movement import shape_of, value_of
@@ -117,7 +117,7 @@ class Rewriter:
             torch.ops.lp_inductor.sdpa_quantized.default,
             *operands,
             None if tensor is None else self._masks[tensor],
-            *(None if bound is None else emit_size(emitter, bound) for bound in bounds),
+            *(None if bound is None else emitter.size(bound) for bound in bounds),
             match.sdpa.scale,
             match.attention_call().dtype,
             kernel,

@@ -14,58 +14,71 @@ form. It never matches on operator sequences. Before and after, for a Llama quer
     add = add(mul, mul(cat, sin))                           v
     sdpa(add, ...)                              quantize(q, cos, sin, interleaved=False, ...)
 
-Limits: rotation in place (pair a, b rotates into lanes a, b), tables that vary over tokens, or
-batch and tokens, and the whole sequence rotated. A coefficient without mixing of lanes (a norm
+Where the operand is put together from runs of tokens, each run is matched by itself: rotated with
+a table of its own, or left alone. One rotation of all tokens comes out::
+
+    cat([text, rotate(image, cos)], 2)      rotate(cat([text, image], 2), cat([ones, cos], 2))
+
+Limits: one window of lanes, the same for all rotated tokens. Lanes may be moved by the rotation
+(``permutation``) if query and key move theirs alike. A coefficient without mixing of lanes (a norm
 weight, a real scale) is not RoPE and no obstacle: the operand is then taken as it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import sympy
 from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
-from lp_inductor.passes.indexing import Lanes
-from lp_inductor.passes.lanes import LaneTracker, Term, Trail
-from lp_inductor.passes.movement import Element, concrete_lanes, shape_of, value_of
-from lp_inductor.passes.placement import Axes, Placement, match_layout, match_placement
+from lp_inductor.passes.emit import can_size
+from lp_inductor.passes.indexing import is_nonnegative
+from lp_inductor.passes.lanes import LaneTracker, Term
+from lp_inductor.passes.movement import Element
+from lp_inductor.passes.placement import Axes, placements
 from lp_inductor.passes.result import Miss, MissCode
-from lp_inductor.passes.tables import Reading, Table, match_table
+from lp_inductor.passes.rotation import NoRope, Rotation, match_run
+from lp_inductor.passes.sources import TOKENS, Filled, Source, join_sources
+from lp_inductor.passes.tables import Table, dtype_and_device, join_tables, widened
 
+__all__ = ["NoRope", "RopeMatch", "RopeMatcher"]
 
-@dataclass(frozen=True)
-class NoRope:
-    """The operand is not rotated."""
+#: An operand put together from more runs of tokens than this is taken as it comes.
+_MAX_RUNS = 8
 
 
 @dataclass(frozen=True)
 class RopeMatch:
-    """A proved rotation: rotate ``source`` with ``cos`` and ``sin`` to get the operand."""
+    """A proved rotation: rotate ``source`` with ``cos`` and ``sin`` to get the operand.
 
-    source: Placement
+    Lane ``n`` of the operand's window is lane ``permutation[n]`` of the rotated source's window.
+    ``region``: the nodes that hold rotated values, the operand included. ``tokens``: the runs of
+    tokens that turn, for reports; None: all.
+    """
+
+    source: Source
     interleaved: bool
     start: int
     width: int
+    permutation: tuple[int, ...]
     cos: Table
     sin: Table
     keys: tuple[Hashable, ...]
     region: frozenset[Node]
+    tokens: str | None = None
+
+    @property
+    def permuted(self) -> bool:
+        """Whether the operand has its lanes in another order than the rotated source."""
+        return self.permutation != tuple(range(self.width))
 
     def describe(self) -> str:
         """For reports: pairing and window, such as ``half[0:64]``."""
         pairing = "interleaved" if self.interleaved else "half"
-        return f"{pairing}[{self.start}:{self.start + self.width}]"
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """One term of one lane: sign * x[source] * coefficient."""
-
-    sign: int
-    source: int
-    coefficient: Reading | None
+        window = f"{pairing}[{self.start}:{self.start + self.width}]"
+        return window if self.tokens is None else f"{window} of tokens {self.tokens}"
 
 
 class RopeMatcher:
@@ -79,205 +92,143 @@ class RopeMatcher:
 
         ``min_heads``: the heads that the rotated tensor must have at least.
         """
-        tracker = LaneTracker(axes.bounds)
-        terms = tracker.terms(operand, axes.index, axes.lane_count)
-        first_miss: Miss | None = None
-        for anchor in _anchors(terms, axes):
-            found = self._match_at(anchor, operand, axes, min_heads)
-            if isinstance(found, RopeMatch):
-                return found
-            if isinstance(found, Miss) and first_miss is None:
-                first_miss = found
-        return first_miss or NoRope()
-
-    def _match_at(
-        self, anchor: Element, operand: Node, axes: Axes, min_heads: int
-    ) -> RopeMatch | NoRope | Miss:
-        tracker = LaneTracker(axes.bounds, stop=anchor.node)
-        terms = tracker.terms(operand, axes.index, axes.lane_count)
-        layout = match_layout(anchor, axes)
-        assert layout is not None
-        lanes = _lanes_of(terms, anchor, layout.lanes, axes.lane_count)
-        if lanes is None or not _mixes(lanes):
-            return NoRope()
-        index = tuple(
-            Lanes(range(axes.lane_count)) if dim == layout.lanes else entry
-            for dim, entry in enumerate(anchor.index)
-        )
-        if shape_of(anchor.node)[layout.lanes] != axes.lane_count:
-            return _form("the rotated tensor has other lanes than the operand")
-        source = match_placement(anchor.node, index, axes, min_heads, through_casts=True)
-        if source is None:
-            return NoRope()
-        pairing = _match_pairing(lanes)
-        if isinstance(pairing, Miss):
-            return pairing
-        tables = self._match_tables(lanes, pairing, axes)
-        if isinstance(tables, Miss):
-            return tables
-        region = _region(operand, anchor.node, tracker.visited)
-        return RopeMatch(source, pairing.interleaved, pairing.start, pairing.width, *tables, region)
-
-    def _match_tables(
-        self, lanes: list[list[_Lane]], pairing: _Pairing, axes: Axes
-    ) -> tuple[Table, Table, tuple[Hashable, ...]] | Miss:
-        cos = [_reading(lanes[d], d, own=True) for d in pairing.lanes]
-        sin = [_reading(lanes[d], d, own=False) for d in pairing.lanes]
-        tables: list[Table] = []
-        keys: list[Hashable] = []
-        for readings in (cos, sin):
-            found = match_table(readings, pairing.pairs, axes, self._keys)
+        runs: list[tuple[Axes, Rotation | NoRope]] = []
+        for part, terms in _token_runs(operand, axes):
+            found = match_run(operand, part, terms, min_heads, self._keys)
             if isinstance(found, Miss):
                 return found
-            tables.append(found)
-            keys.extend(found.keys)
-        if pairing.inverse:
-            tables[1] = tables[1].negated()
-            keys.append("inverse")
-        return tables[0], tables[1], tuple(keys)
+            runs.append((part, found))
+        rotations = [found for _, found in runs if isinstance(found, Rotation)]
+        if not rotations:
+            return NoRope()
+        return self._assemble(operand, runs, rotations, min_heads)
+
+    def _assemble(
+        self,
+        operand: Node,
+        runs: Sequence[tuple[Axes, Rotation | NoRope]],
+        rotations: Sequence[Rotation],
+        min_heads: int,
+    ) -> RopeMatch | NoRope | Miss:
+        """One rotation of all tokens."""
+        first = rotations[0].pairing
+        window = (first.interleaved, first.start, first.width, first.order)
+        for other in (rotation.pairing for rotation in rotations):
+            if (other.interleaved, other.start, other.width, other.order) != window:
+                return Miss(MissCode.ROPE_FORM, "tokens are rotated in different windows of lanes")
+        in_place = first.order == tuple(range(first.width))
+        if not in_place and len(rotations) < len(runs):
+            # Attention sees an order of lanes that is not the same for all tokens.
+            return Miss(MissCode.ROPE_FORM, "only the tokens that turn have their lanes moved")
+        region = frozenset().union(*(rotation.region for rotation in rotations))
+        groups: list[list[Source]] = []
+        for axes, found in runs:
+            if isinstance(found, Rotation):
+                groups.append(list(found.sources))
+                continue
+            whole = placements(Element(operand, axes.index), axes, through_casts=True)
+            groups.append([p for p in whole if p.node not in region])
+        if not all(groups):
+            return Miss(MissCode.ROPE_FORM, "tokens beside the rotation depend on it")
+        heads = max(rotation.heads for rotation in rotations)
+        sources = join_sources(groups, TOKENS, max(min_heads, heads))
+        source = next((s for s in reversed(sources) if s.can_emit), None)
+        if source is None:
+            return NoRope()
+        if heads not in (1, source.head_count):
+            return Miss(
+                MissCode.ROPE_TABLE_AXES,
+                f"the table varies over {heads} heads, the rotated tensor has {source.head_count}",
+            )
+        tables = _token_tables(runs, rotations, operand)
+        if tables is None:
+            return Miss(MissCode.ROPE_TABLE_AXES, "the tables of the tokens do not fit together")
+        keys: tuple[Hashable, ...] = tuple(_run_keys(axes, found) for axes, found in runs)
+        if len(runs) == 1:
+            keys = rotations[0].keys
+        tokens = None if len(runs) == len(rotations) else _describe_tokens(rotations)
+        return RopeMatch(source, *window, *tables, keys, region, tokens)
 
 
-@dataclass(frozen=True)
-class _Pairing:
-    interleaved: bool
-    start: int
-    width: int
-    inverse: bool
-
-    @property
-    def lanes(self) -> range:
-        return range(self.start, self.start + self.width)
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """Positions (a, b) of each pair, counted from the start of the window."""
-        half = self.width // 2
-        if self.interleaved:
-            return [(2 * p, 2 * p + 1) for p in range(half)]
-        return [(p, p + half) for p in range(half)]
+def _token_runs(operand: Node, axes: Axes) -> list[tuple[Axes, list[Term]]]:
+    """Runs of tokens, each of which comes from one piece of every join, and their terms."""
+    pending = [axes]
+    runs: list[tuple[Axes, list[Term]]] = []
+    while pending:
+        part = pending.pop(0)
+        tracker = LaneTracker(part.bounds)
+        terms = tracker.terms(operand, part.index, part.lane_count)
+        start = _inner_cut(tracker.cuts, part)
+        if start is None or len(runs) + len(pending) >= _MAX_RUNS - 1:
+            runs.append((part, terms))
+        else:
+            halves = (part.run(sympy.S.Zero, start), part.run(start, part.tokens - start))
+            pending[:0] = halves
+    return runs
 
 
-def _form(detail: str) -> Miss:
-    return Miss(MissCode.ROPE_FORM, detail)
+def _inner_cut(cuts: Sequence[sympy.Expr], part: Axes) -> sympy.Expr | None:
+    """A cut, counted from the start of the run, that provably leaves tokens on both sides."""
+    for cut in cuts:
+        inside = (cut - 1, part.tokens - cut - 1)
+        if all(is_nonnegative(n, {}) for n in inside):
+            return cut
+    return None
 
 
-def _anchors(terms: list[Term], axes: Axes) -> list[Element]:
-    """Nodes that could be the tensor before the rotation, the likeliest first.
+def _token_tables(
+    runs: Sequence[tuple[Axes, Rotation | NoRope]],
+    rotations: Sequence[Rotation],
+    operand: Node,
+) -> tuple[Table, Table] | None:
+    """Cos and sin of all tokens; tokens that do not turn have cos = 1 and sin = 0."""
+    result: list[Table] = []
+    for name, value in (("cos", 1.0), ("sin", 0.0)):
+        tables: list[Table] = [getattr(r, name) for r in rotations]
+        if len(runs) > 1:
+            joined = _join_runs(name, value, tables, runs, rotations, operand)
+            if joined is None:
+                return None
+            tables = [joined]
+        result.append(tables[0])
+    return result[0], result[1]
 
-    In a lane that sums two products, it is a node that both products read.
-    """
-    by_lane: dict[int, list[Term]] = {}
-    for term in terms:
-        for position in term.positions:
-            by_lane.setdefault(position, []).append(term)
-    tried: set[tuple[int, ...]] = set()
-    for lane_terms in by_lane.values():
-        signature = tuple(sorted(id(t) for t in lane_terms))
-        if len(lane_terms) < 2 or signature in tried:
+
+def _join_runs(
+    name: str,
+    value: float,
+    tables: list[Table],
+    runs: Sequence[tuple[Axes, Rotation | NoRope]],
+    rotations: Sequence[Rotation],
+    operand: Node,
+) -> Table | None:
+    if len({table.width for table in tables}) > 1:
+        wide = []
+        for table, r in zip(tables, rotations, strict=True):
+            negate = name == "sin" and r.pairing.inverse
+            full = widened(getattr(r, f"{name}_readings"), r.axes, negate, table.keys)
+            if full is None:
+                return None
+            wide.append(full)
+        tables = wide
+    dtype, device = dtype_and_device(tables[0])
+    fills: list[Filled | None] = []
+    for axes, found in runs:
+        if isinstance(found, Rotation):
+            fills.append(None)
             continue
-        tried.add(signature)
-        shared = set.intersection(*(_nodes(t) for t in lane_terms))
-        anchors = [e for trail in lane_terms[0].factors for e in trail if e.node in shared]
-        anchors = [e for e in anchors if not value_of(e.node).is_complex()]
-        anchors = [e for e in anchors if match_layout(e, axes) is not None]
-        if anchors:
-            return sorted(anchors, key=lambda e: -len(e.index))
-    return []
-
-
-def _nodes(term: Term) -> set[Node]:
-    """The nodes below the product (a lone factor is below none)."""
-    if len(term.factors) < 2:
-        return {element.node for element in term.factors[0]}
-    return {element.node for trail in term.factors for element in trail}
-
-
-def _lanes_of(
-    terms: list[Term], anchor: Element, lane_dim: int, lane_count: int
-) -> list[list[_Lane]] | None:
-    """Per lane, its terms over the anchor; None where a term is not linear in the anchor."""
-    lanes: list[list[_Lane]] = [[] for _ in range(lane_count)]
-    for term in terms:
-        ends = [trail[-1].node is anchor.node for trail in term.factors]
-        if sum(ends) != 1:
+        if not can_size(operand.graph, axes.tokens):
             return None
-        element = term.factors[ends.index(True)][-1]
-        others = [entry for dim, entry in enumerate(element.index) if dim != lane_dim]
-        expected = [entry for dim, entry in enumerate(anchor.index) if dim != lane_dim]
-        sources = concrete_lanes(element.index[lane_dim], len(term.positions))
-        if others != expected or sources is None:
-            return None
-        coefficient: Trail | None = None
-        if len(term.factors) == 2:
-            coefficient = term.factors[ends.index(False)]
-        for n, position in enumerate(term.positions):
-            reading = None
-            if coefficient is not None:
-                reading = Reading(coefficient, n, len(term.positions))
-            lanes[position].append(_Lane(term.sign, sources[n], reading))
-    return lanes
+        fills.append(Filled(value, axes.tokens, tables[0].width, dtype, device))
+    return join_tables(tables, fills)
 
 
-def _mixes(lanes: list[list[_Lane]]) -> bool:
-    return any(len({term.source for term in lane}) > 1 for lane in lanes)
+def _run_keys(axes: Axes, found: Rotation | NoRope) -> tuple[Hashable, ...]:
+    if isinstance(found, NoRope):
+        return (axes.tokens, "identity")
+    return (axes.tokens, *found.keys)
 
 
-def _match_pairing(lanes: list[list[_Lane]]) -> _Pairing | Miss:
-    """Test signs, partners and window of the rotation."""
-    rotated = [d for d, lane in enumerate(lanes) if not _is_identity(lane, d)]
-    start, width = rotated[0], len(rotated)
-    if rotated != list(range(start, start + width)) or width % 2:
-        return _form(f"the rotated lanes {rotated} are not one even window")
-    for d in rotated:
-        if len(lanes[d]) != 2 or any(term.coefficient is None for term in lanes[d]):
-            return _form(f"lane {d} is not a sum of two products")
-        if d not in {term.source for term in lanes[d]}:
-            return _form(f"lane {d} is not rotated in place")
-    partner = {d: next(t.source for t in lanes[d] if t.source != d) for d in rotated}
-    for interleaved in (False, True):
-        pairing = _Pairing(interleaved, start, width, inverse=False)
-        pairs = [(start + a, start + b) for a, b in pairing.pairs]
-        if all(partner[a] == b and partner[b] == a for a, b in pairs):
-            return _match_signs(lanes, pairing, pairs)
-    return _form(f"lane {start} is paired with lane {partner[start]}")
-
-
-def _match_signs(
-    lanes: list[list[_Lane]], pairing: _Pairing, pairs: list[tuple[int, int]]
-) -> _Pairing | Miss:
-    own = {d: next(t.sign for t in lanes[d] if t.source == d) for pair in pairs for d in pair}
-    other = {d: next(t.sign for t in lanes[d] if t.source != d) for pair in pairs for d in pair}
-    if any(sign != 1 for sign in own.values()):
-        return _form("the cos terms are not all positive")
-    signs = {(other[a], other[b]) for a, b in pairs}
-    if signs == {(-1, 1)}:
-        return pairing
-    if signs == {(1, -1)}:
-        return _Pairing(pairing.interleaved, pairing.start, pairing.width, inverse=True)
-    return _form(f"the sin terms have signs {sorted(signs)}, not one minus and one plus")
-
-
-def _is_identity(lane: list[_Lane], position: int) -> bool:
-    return lane == [_Lane(1, position, None)]
-
-
-def _reading(lane: list[_Lane], position: int, own: bool) -> Reading:
-    """The coefficient of the lane's own source (cos), or of its partner (sin)."""
-    term = next(t for t in lane if (t.source == position) == own)
-    assert term.coefficient is not None
-    return term.coefficient
-
-
-def _region(operand: Node, anchor: Node, visited: set[Node]) -> frozenset[Node]:
-    """The nodes between the anchor and the operand, both excluded save the operand itself."""
-    inside: dict[Node, bool] = {anchor: True}
-
-    def depends(node: Node) -> bool:
-        if node not in inside:
-            # Every input is asked, not only the first that depends: each may be on a path.
-            answers = [depends(n) for n in node.all_input_nodes] if node in visited else []
-            inside[node] = True in answers
-        return inside[node]
-
-    depends(operand)
-    return frozenset(node for node, found in inside.items() if found and node is not anchor)
+def _describe_tokens(rotations: Sequence[Rotation]) -> str:
+    spans = [(r.axes.token_start, r.axes.token_start + r.axes.tokens) for r in rotations]
+    return ", ".join(f"[{start}:{sympy.expand(end)}]" for start, end in spans)

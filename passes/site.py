@@ -13,6 +13,10 @@ from lp_inductor.passes.indexing import shape_exprs
 from lp_inductor.passes.movement import value_of
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
+#: Key in ``node.meta["custom"]``, which AOTAutograd hands on to what a node is traced to, of
+#: attention calls that capture refused.
+REFUSED_META = "lp_inductor_refused"
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -108,7 +112,10 @@ def module_of(node: Node) -> str:
     path = str(list(stack.values())[-1][0])
     for prefix in ("L['self']", "L['fn']", "L['model']", "L__self__", "self"):
         path = path.removeprefix(prefix)
-    return path.lstrip("._").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    # Dynamo reaches the submodules of some modules through their dictionaries.
+    path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
+    path = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    return path.lstrip("._")
 
 
 def shape_for_report(value: torch.Tensor) -> tuple[int | str, ...]:

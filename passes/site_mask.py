@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from lp_inductor.passes.emit import Emitter
+from lp_inductor.passes.emit import Emitter, can_size
 from lp_inductor.passes.indexing import shape_exprs, to_expr
 from lp_inductor.passes.mask import KeyMask, MaskForm, MaskProof, MaskProver
 from lp_inductor.passes.movement import shape_of, value_of
@@ -49,7 +49,7 @@ class SiteMask:
         names = [] if self.form.is_full else [self.form.describe()]
         tensors = (MaskPart.KEYS, MaskPart.BOOL, MaskPart.BIAS)
         names += [part.value for part in tensors if part in self.parts]
-        return ", ".join(names) or "none"
+        return " + ".join(names) or "none"
 
     def emit_tensor(self, emitter: Emitter) -> Node | None:
         """The tensor with four dimensions, each of its full size or of size 1."""
@@ -80,11 +80,17 @@ def match_mask(sdpa: Sdpa, prover: MaskProver) -> SiteMask | Miss:
     unproved = proof if isinstance(proof, Miss) else None
     if isinstance(proof, Miss):
         proof = MaskProof(MaskForm(), "whole", rows_visible=False)
+    elif not all(can_size(sdpa.node.graph, bound) for bound in _bounds(proof.form)):
+        proof = MaskProof(MaskForm(), "whole", proof.rows_visible)  # a size that only exists later
     tensor = _without_copies(sdpa.mask) if proof.rest == "whole" else proof.rest
     if isinstance(tensor, Node) and not _broadcasts(tensor, sizes):
         return Miss(MissCode.RANK, f"a mask {list(shape_of(tensor))} for scores {list(sizes)}")
     parts = _parts(proof.form, tensor, query_len, key_len)
     return SiteMask(proof.form, tensor, parts, proof.rows_visible, unproved)
+
+
+def _bounds(form: MaskForm) -> list[sympy.Expr]:
+    return [bound for bound in (form.lower, form.upper, form.chunk) if bound is not None]
 
 
 def _parts(

@@ -1,10 +1,10 @@
 """The cos and sin tables of a proved rotation, as tensors that an operator can read.
 
 The rotation tells which element multiplies which lane. Here these readings become one tensor of
-shape (batch or 1, tokens, width): the deepest node that holds them before any cast, so that the
-table keeps the precision the model gave it. Where both lanes of every pair provably read equal
-numbers, half the table is enough (``width = rotated lanes / 2``); where that cannot be told, as
-for a table that is a graph input, the full width is read and nothing is assumed.
+shape (batch or 1, heads or 1, tokens, width): the deepest node that holds them before any cast,
+so that the table keeps the precision the model gave it. Where both lanes of every pair provably
+read equal numbers, half the table is enough (``width = rotated lanes / 2``); where that cannot be
+told, as for a table that is a graph input, the full width is read and nothing is assumed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,32 @@ from torch.fx import Node
 
 from lp_inductor.passes.coefficients import CoefficientKeys
 from lp_inductor.passes.emit import Emitter
-from lp_inductor.passes.indexing import BATCH, HEAD, Entry, Lanes
-from lp_inductor.passes.lanes import Trail, cast_source
-from lp_inductor.passes.movement import Element, shape_of, value_of
-from lp_inductor.passes.placement import Axes, emit_axes
+from lp_inductor.passes.indexing import Entry, HeadLanes, Index, Lanes, pick_lanes
+from lp_inductor.passes.joins import is_uninitialised
+from lp_inductor.passes.lanes import Trail, follow_cast, unit_scale
+from lp_inductor.passes.movement import Element, value_of
+from lp_inductor.passes.placement import Axes, Placement, place
 from lp_inductor.passes.result import Miss, MissCode
+from lp_inductor.passes.sources import (
+    LANES,
+    TOKENS,
+    Filled,
+    Joined,
+    Source,
+    first_node,
+    join_sources,
+)
 
-aten = torch.ops.aten
+#: A table joined from more pieces than this is not read in place of a rotation.
+_MAX_PIECES = 8
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Lane ``lane`` of ``count`` lanes that read a table along ``trail``."""
+    """Lane ``lane`` of ``count`` lanes that read a table along ``trail``.
+
+    The coefficient is the element at the end of the trail: signs on the way belong to the term.
+    """
 
     trail: Trail
     lane: int
@@ -37,33 +51,48 @@ class Reading:
     def entries(self, depth: int) -> tuple[Entry, ...]:
         """The index read at ``trail[depth]``, lanes as integers."""
         index = self.trail[depth].index
-        return tuple(Lanes([e[self.lane]]) if isinstance(e, Lanes) else e for e in index)
+        return pick_lanes(index, [self.lane])
+
+    def sign(self, depth: int) -> int:
+        """The coefficient is this times what is read at ``trail[depth]``."""
+        scales = [unit_scale(element.node) for element in self.trail[depth:-1]]
+        return -1 if scales.count(-1) % 2 else 1
+
+    def readable(self) -> dict[Node, int]:
+        """The nodes that may serve as the table, with their depth: down to the first cast."""
+        found: dict[Node, int] = {}
+        for depth, element in enumerate(self.trail):
+            found.setdefault(element.node, depth)
+            if follow_cast(element) is not None:
+                break
+        return found
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lanes ``first, first + step, ...`` of ``node``; ``axes`` are its batch, token, lane dims."""
+    """A table of shape (batch or 1, heads or 1, tokens, width), and what its elements are."""
 
-    node: Node
-    axes: tuple[int | None, int | None, int]
-    fixed: tuple[tuple[int, int], ...]
-    first: int
-    count: int
-    step: int
-    negate: bool = False
+    source: Source
     keys: tuple[Hashable, ...] = field(default=(), compare=False, repr=False)
 
-    def negated(self) -> Table:
-        """The table of the opposite sign: sin of the inverse rotation."""
-        return replace(self, negate=not self.negate)
+    @property
+    def node(self) -> Node | None:
+        """A node that the table reads, for messages."""
+        return first_node(self.source)
+
+    @property
+    def head_count(self) -> int:
+        """1, or the heads over which the table varies."""
+        return self.source.head_count
+
+    @property
+    def width(self) -> int:
+        """Lanes of the table."""
+        return self.source.lane_count
 
     def emit(self, emitter: Emitter) -> Node:
-        """Nodes that view the table as (batch or 1, tokens, count)."""
-        node = self.node
-        if value_of(node).is_complex():
-            node = emitter.call(aten.view_as_real.default, node)
-        node = emit_axes(emitter, node, self.axes, self.fixed, self.first, self.count, self.step)
-        return emitter.call(aten.neg.default, node) if self.negate else node
+        """Nodes that view or join the table as (batch or 1, heads or 1, tokens, width)."""
+        return self.source.emit(emitter)
 
 
 def match_table(
@@ -71,26 +100,42 @@ def match_table(
     pairs: Sequence[tuple[int, int]],
     axes: Axes,
     keys_of: CoefficientKeys,
+    negate: bool = False,
 ) -> Table | Miss:
     """The table behind one reading per rotated lane; ``pairs`` are positions in ``readings``."""
+    if any(is_uninitialised(r.trail[-1].node) for r in readings):
+        return Miss(MissCode.ROPE_FORM, "the table reads memory that nothing was written to")
     keys = [keys_of(r.trail[0], r.count, axes.bounds)[r.lane] for r in readings]
     chosen = list(readings)
     if all(keys[a] == keys[b] for a, b in pairs):
         chosen = [readings[a] for a, _ in pairs]
     elif any(_origin(keys[a]) != _origin(keys[b]) for a, b in pairs):
         return Miss(MissCode.ROPE_HALVES_DIFFER, "the tables of a pair come from different nodes")
-    if any(HEAD in _symbols(r.trail[0]) for r in readings):
-        return Miss(MissCode.ROPE_TABLE_AXES, "the table varies over heads")
-    best: Table | None = None
-    for depth in range(_depth_above_casts(chosen)):
-        table = _table_at(chosen, depth, axes)
-        best = table or best
-    if best is not None:
-        return replace(best, keys=tuple(keys))
-    return Miss(
-        MissCode.ROPE_TABLE_AXES,
-        lambda: f"no node holds the table over tokens and lanes: {readings[0].trail[0].node}",
-    )
+    source = _place_readings(chosen, axes)
+    if source is None:
+        return Miss(
+            MissCode.ROPE_TABLE_AXES,
+            lambda: f"no node holds the table over tokens and lanes: {readings[0].trail[0].node}",
+        )
+    return Table(_negated(source) if negate else source, tuple(keys))
+
+
+def widened(
+    readings: Sequence[Reading], axes: Axes, negate: bool, keys: tuple[Hashable, ...]
+) -> Table | None:
+    """The table at full width, for where another part of the tokens needs it so."""
+    source = _place_readings(readings, axes)
+    if source is None:
+        return None
+    return Table(_negated(source) if negate else source, keys)
+
+
+def _negated(source: Source) -> Source:
+    if isinstance(source, Joined):
+        return replace(source, parts=tuple(_negated(part) for part in source.parts))
+    if isinstance(source, Filled):
+        return replace(source, value=-source.value)
+    return replace(source, negate=not source.negate)
 
 
 def _origin(key: Hashable) -> Hashable:
@@ -100,59 +145,74 @@ def _origin(key: Hashable) -> Hashable:
     return (key[0], key[1], _origin(key[2]))
 
 
-def _symbols(element: Element) -> set[object]:
-    entries = [e for e in element.index if not isinstance(e, Lanes)]
-    return {symbol for entry in entries for symbol in entry.free_symbols}
-
-
-def _depth_above_casts(readings: Sequence[Reading]) -> int:
-    """How many nodes all trails share from the top, down to the first cast, included."""
-    depth = 0
-    for elements in zip(*(r.trail for r in readings), strict=False):
-        if len({element.node for element in elements}) != 1:
-            break
-        depth += 1
-        if cast_source(elements[0].node) is not None:
-            break
-    return depth
-
-
-def _table_at(readings: Sequence[Reading], depth: int, axes: Axes) -> Table | None:
-    node = readings[0].trail[depth].node
-    columns = list(zip(*(r.entries(depth) for r in readings), strict=True))
-    shape = (*shape_of(node), *([2] if value_of(node).is_complex() else []))
-    roles: dict[str, int] = {}
-    fixed: list[tuple[int, int]] = []
-    for dim, column in enumerate(columns):
-        role = _column_role(column, shape[dim], axes)
-        if role is None or role in roles:
-            return None
-        if role == "fixed":
-            fixed.append((dim, _integer(column[0])))
+def _place_readings(readings: Sequence[Reading], axes: Axes) -> Source | None:
+    """One node that all readings share; else one for each run of lanes with a node of its own."""
+    whole = _place_run(readings, axes)
+    if whole:
+        return whole[-1]
+    runs: list[list[Reading]] = []
+    for reading in readings:
+        if runs and runs[-1][-1].trail[0].node is reading.trail[0].node:
+            runs[-1].append(reading)
         else:
-            roles[role] = dim
-    if "lanes" not in roles or ("tokens" not in roles and axes.tokens != 1):
+            runs.append([reading])
+    if not 1 < len(runs) <= _MAX_PIECES:
         return None
-    lanes = [_integer(entry) for entry in columns[roles["lanes"]]]
-    step = lanes[1] - lanes[0]
-    if step < 1 or lanes != list(range(lanes[0], lanes[0] + step * len(lanes), step)):
-        return None
-    table_axes = (roles.get("batch"), roles.get("tokens"), roles["lanes"])
-    return Table(node, table_axes, tuple(fixed), lanes[0], len(lanes), step)
+    groups = [_place_run(run, axes) for run in runs]
+    joined = join_sources(groups, LANES, 1) if all(groups) else []
+    return joined[-1] if joined else None
 
 
-def _column_role(column: Sequence[Entry], size: object, axes: Axes) -> str | None:
-    """What one dimension of the table node is to the readings."""
-    if all(isinstance(entry, Lanes) or entry.is_Integer for entry in column):
-        return "fixed" if len({_integer(entry) for entry in column}) == 1 else "lanes"
-    if any(entry != column[0] for entry in column):
-        return None
-    if column[0] == BATCH and size == axes.batch:
-        return "batch"
-    if column[0] == axes.token_symbol and size == axes.tokens:
-        return "tokens"
-    return None
+def _place_run(readings: Sequence[Reading], axes: Axes) -> list[Placement]:
+    """The nodes that hold all readings, from near to deep."""
+    depths = [reading.readable() for reading in readings]
+    found: list[Placement] = []
+    for node in depths[0]:
+        if all(node in reached for reached in depths):
+            at = [reached[node] for reached in depths]
+            signs = {r.sign(depth) for r, depth in zip(readings, at, strict=True)}
+            index = _common_index(readings, at)
+            placed = None if index is None else place(Element(node, index), axes)
+            if placed is not None and placed.can_emit and len(signs) == 1:
+                found.append(replace(placed, negate=signs == {-1}))
+    return found
+
+
+def _common_index(readings: Sequence[Reading], depths: Sequence[int]) -> Index | None:
+    """The index of all readings at once: equal entries as they are, positions as lanes."""
+    rows = [r.entries(depth) for r, depth in zip(readings, depths, strict=True)]
+    index: list[Entry] = []
+    for column in zip(*rows, strict=True):
+        if all(isinstance(entry, Lanes) or entry.is_Integer for entry in column):
+            index.append(Lanes(_integer(entry) for entry in column))
+        elif all(isinstance(entry, HeadLanes) for entry in column):
+            if len({entry.base for entry in column}) != 1:
+                return None
+            index.append(HeadLanes(column[0].base, Lanes(e.lanes[0] for e in column)))
+        elif all(entry == column[0] for entry in column):
+            index.append(column[0])
+        else:
+            return None
+    return tuple(index)
 
 
 def _integer(entry: Entry) -> int:
+    assert not isinstance(entry, HeadLanes)
     return entry[0] if isinstance(entry, Lanes) else int(entry)
+
+
+def join_tables(tables: Sequence[Table], fills: Sequence[Filled | None]) -> Table | None:
+    """One table for consecutive runs of tokens; a run without a table has its filling instead."""
+    waiting = iter(tables)
+    groups: list[list[Source]] = [
+        [next(waiting).source if fill is None else fill] for fill in fills
+    ]
+    joined = join_sources(groups, TOKENS, 1)
+    return Table(joined[-1]) if joined else None
+
+
+def dtype_and_device(table: Table) -> tuple[torch.dtype, torch.device]:
+    """What a filling beside this table should be."""
+    node = table.node
+    assert node is not None
+    return table.source.dtype, value_of(node).device

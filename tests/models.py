@@ -187,3 +187,11 @@ def normed_rope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     cos, sin = half_tables(q.shape[2], q.shape[3], q)
     q, k = (rope_half(F.rms_norm(x, (x.shape[-1],)), cos, sin) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def per_head_table(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The table varies over heads; with as many tokens as heads its shape tells nothing."""
+    cos, sin = half_tables(q.shape[1], q.shape[3], q)
+    cos, sin = cos[:, :, None], sin[:, :, None]  # (1, heads, 1, head_dim)
+    q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import angles, causal_mask, half_tables, rope_half, rotate_half
+from tests.models import angles, causal_mask, half_tables, rope_half
 
 
 def key_table_differs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -22,14 +22,6 @@ def key_positions_shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The key is rotated as if it stood one token later."""
     cos, sin = half_tables(q.shape[2] + 1, q.shape[3], q)
     q, k = rope_half(q, cos[:, :-1], sin[:, :-1]), rope_half(k, cos[:, 1:], sin[:, 1:])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def per_head_table(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The table varies over heads; with as many tokens as heads its shape tells nothing."""
-    cos, sin = half_tables(q.shape[1], q.shape[3], q)
-    cos, sin = cos[:, :, None], sin[:, :, None]  # (1, heads, 1, head_dim)
-    q, k = (x * cos + rotate_half(x) * sin for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

@@ -23,14 +23,18 @@ left_padding = right_padding.flip(1)
 ROTATIONS: dict[str, tuple[Any, list[Tensor], MissCode | None]] = {
     "key_table": (near_misses.key_table_differs, qkv(), MissCode.ROPE_TABLES_DIFFER),
     "key_shifted": (near_misses.key_positions_shifted, qkv(), MissCode.ROPE_TABLES_DIFFER),
-    "per_head_table": (
-        near_misses.per_head_table,
-        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
-        MissCode.ROPE_TABLE_AXES,
-    ),
     "halves_differ": (near_misses.halves_differ, qkv(), MissCode.ROPE_HALVES_DIFFER),
     "wrong_sign": (near_misses.wrong_sign, qkv(), MissCode.ROPE_FORM),
     "odd_pairing": (near_misses.odd_pairing, qkv(dim=16), MissCode.ROPE_FORM),
+}
+#: model, operands, what is fused
+FUSED: dict[str, tuple[Any, list[Tensor], str]] = {
+    # As many tokens as heads: the table's shape does not tell which of them it varies over.
+    "per_head_table": (
+        models.per_head_table,
+        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
+        "half[0:64]",
+    ),
 }
 #: model, operands, what is fused alone, why the other is not
 ONE_SIDED: dict[str, tuple[Any, list[Tensor], str, MissCode | None]] = {
@@ -44,8 +48,8 @@ ONE_SIDED: dict[str, tuple[Any, list[Tensor], str, MissCode | None]] = {
 }
 #: model, operands, the mask's description
 MASKS: dict[str, tuple[Any, list[Tensor], str]] = {
-    "padding": (near_misses.padding_mask, [*qkv(), right_padding], "causal, keys"),
-    "left_padding": (near_misses.all_hidden_rows, [*qkv(), left_padding], "causal, keys"),
+    "padding": (near_misses.padding_mask, [*qkv(), right_padding], "causal + keys"),
+    "left_padding": (near_misses.all_hidden_rows, [*qkv(), left_padding], "causal + keys"),
     "hidden_by_bias": (near_misses.hidden_by_bias, [*qkv(), left_padding], "bias"),
     "hidden_by_lowest": (near_misses.hidden_by_lowest, [*qkv(), left_padding], "bias"),
     "one_element": (near_misses.causal_but_one, qkv(), "bool"),
@@ -79,7 +83,9 @@ HEADS: dict[str, tuple[Any, list[Tensor]]] = {
     "one_head": (near_misses.heads_broadcast, qkv(kv_heads=1)),
 }
 ALL = {
-    name: case[:2] for group in (ROTATIONS, ONE_SIDED, MASKS, HEADS) for name, case in group.items()
+    name: case[:2]
+    for group in (ROTATIONS, FUSED, ONE_SIDED, MASKS, HEADS)
+    for name, case in group.items()
 }
 
 
@@ -106,6 +112,14 @@ def test_rotation_stays_with_the_model(name: str) -> None:
         (site,) = lp_inductor.explain(model, *operands).sites
     assert site.fused and site.rope is None
     assert site.rope_miss is not None and site.rope_miss.code is code, str(site.rope_miss)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_rotation_is_fused(name: str) -> None:
+    model, operands, rope = FUSED[name]
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(model, *operands).sites
+    assert site.rope == rope and site.rope_miss is None
 
 
 @pytest.mark.parametrize("name", ONE_SIDED)

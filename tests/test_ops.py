@@ -28,9 +28,10 @@ def quantized(x: Tensor, group: int = 1) -> tuple[Tensor, Tensor]:
     return result
 
 
-def tables(tokens: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Random tables (batch, tokens, width)."""
-    return torch.randn(batch, tokens, width), torch.randn(batch, tokens, width)
+def tables(tokens: int, width: int, batch: int = 1, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Random tables (batch, count, tokens, width)."""
+    shape = (batch, count, tokens, width)
+    return torch.randn(shape), torch.randn(shape)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -49,6 +50,8 @@ def test_opcheck_sdpa(transposed: bool, masked: bool) -> None:
 def test_opcheck_quantize(dtype: torch.dtype, interleaved: bool, width: int) -> None:
     x = heads(dtype=dtype).transpose(1, 2).contiguous().transpose(1, 2)
     cos, sin = tables(8, width)
+    torch.library.opcheck(ops.quantize, (x, cos, sin, interleaved, 4, 8, 2, True))
+    cos, sin = tables(8, width, 2, 4)
     torch.library.opcheck(ops.quantize, (x, cos, sin, interleaved, 4, 8, 2, True))
     torch.library.opcheck(ops.quantize, (x, None, None, False, 0, 0, 1, False))
     torch.library.opcheck(ops.quantize_centered, (x,))
@@ -91,16 +94,13 @@ def test_quantised_operands_are_stored_by_token() -> None:
 def test_rotation_is_complex_multiplication(
     interleaved: bool, start: int, width: int, full_tables: bool
 ) -> None:
-    x, angle = heads(dtype=torch.float32), torch.randn(1, 8, width // 2)
+    x, angle = heads(dtype=torch.float32), torch.randn(1, 4, 8, width // 2)
     pairs = x[..., start : start + width].double()
     if interleaved:
         a, b = pairs[..., 0::2], pairs[..., 1::2]
     else:
         a, b = pairs.chunk(2, dim=-1)
-    turned = (
-        torch.complex(a, b)
-        * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[:, None]
-    )
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
     parts = (turned.real, turned.imag)
     rotated = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
     expected = torch.cat([x[..., :start], rotated, x[..., start + width :]], dim=-1)
@@ -115,7 +115,7 @@ def test_full_width_tables_may_differ_within_a_pair() -> None:
     x = heads(dtype=torch.float64).float()
     cos, sin = tables(8, 16)
     rotated_half = torch.cat([-x[..., 8:], x[..., :8]], dim=-1)
-    expected = x * cos[:, None] + rotated_half * sin[:, None]
+    expected = x * cos + rotated_half * sin
     assert torch.allclose(reference.rotate(x, cos, sin, False, 0, 16), expected, atol=1e-6)
 
 

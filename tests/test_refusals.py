@@ -62,18 +62,6 @@ def test_graph_is_stocks_own(name: str) -> None:
     assert canonical(rewritten_graph(model, *operands)) == canonical(stock_graph(model, *operands))
 
 
-def test_subgraphs_of_higher_order_operators_are_left_alone() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        branches = (models.no_rope, near_misses.sliding_window)
-        return torch.cond(q.sum() > 0, *branches, (q, k, v))
-
-    with torch.no_grad():
-        sites = lp_inductor.explain(model, *qkv()).sites
-        stock, ours = compile_stock(model)(*qkv()), compile_fp8(model)(*qkv())
-    assert {site.miss.code for site in sites if site.miss} == {MissCode.SUBGRAPH}
-    assert len(sites) == 2 and torch.equal(stock, ours)
-
-
 class Wrapped(Tensor):
     """A tensor subclass."""
 

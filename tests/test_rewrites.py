@@ -79,6 +79,13 @@ REWRITTEN: dict[str, tuple[Any, list[Tensor], str | None, str, int]] = {
         "causal",
         4,
     ),
+    "per_head_table": (
+        models.per_head_table,
+        qkv(heads=8, kv_heads=8, query_len=8, key_len=8),
+        "half[0:64]",
+        "causal",
+        8,
+    ),
     "inverse": (models.inverse_rope, qkv(), "half[0:64]", "causal", 4),
     "normed": (models.normed_rope, qkv(), "half[0:64]", "causal", 4),
     "float32": (models.llama, qkv(kv_heads=2, dtype=torch.float32), "half[0:64]", "causal", 2),
@@ -200,11 +207,13 @@ convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
 sin = sin(unsqueeze_3)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
+unsqueeze_default = unsqueeze(slice_tensor, 1)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
-quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 64, 2, False)
+unsqueeze_default_1 = unsqueeze(slice_tensor_1, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 64, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -254,11 +263,13 @@ sin = sin(unsqueeze_3)
 _assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 32, 1)
+unsqueeze_default = unsqueeze(slice_tensor, 1)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 32, 1)
-quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 64, 2, False)
+unsqueeze_default_1 = unsqueeze(slice_tensor_1, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 2, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 64, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 64, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -304,13 +315,17 @@ sin = sin(mul_2)
 cos_1 = cos(mul_2)
 sin_1 = sin(mul_2)
 unsqueeze_default = unsqueeze(cos, 0)
-unsqueeze_default_1 = unsqueeze(sin, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, True, 0, 64, 1, False)
+unsqueeze_default_1 = unsqueeze(unsqueeze_default, 1)
+unsqueeze_default_2 = unsqueeze(sin, 0)
+unsqueeze_default_3 = unsqueeze(unsqueeze_default_2, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default_1, unsqueeze_default_3, True, 0, 64, 1, False)
 getitem = quantize_default[0]
 getitem_1 = quantize_default[1]
-unsqueeze_default_2 = unsqueeze(cos_1, 0)
-unsqueeze_default_3 = unsqueeze(sin_1, 0)
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_2, unsqueeze_default_3, True, 0, 64, 1, True)
+unsqueeze_default_4 = unsqueeze(cos_1, 0)
+unsqueeze_default_5 = unsqueeze(unsqueeze_default_4, 1)
+unsqueeze_default_6 = unsqueeze(sin_1, 0)
+unsqueeze_default_7 = unsqueeze(unsqueeze_default_6, 1)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_5, unsqueeze_default_7, True, 0, 64, 1, True)
 getitem_2 = quantize_default_1[0]
 getitem_3 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -354,13 +369,17 @@ _assert_tensor_metadata_4 = _assert_tensor_metadata(arg1_1, None, None, torch.bf
 cos_1 = cos(mul_2)
 sin_1 = sin(mul_2)
 unsqueeze_default = unsqueeze(cos, 0)
-unsqueeze_default_1 = unsqueeze(sin, 0)
-quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, True, 0, 64, 1, False)
+unsqueeze_default_1 = unsqueeze(unsqueeze_default, 1)
+unsqueeze_default_2 = unsqueeze(sin, 0)
+unsqueeze_default_3 = unsqueeze(unsqueeze_default_2, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default_1, unsqueeze_default_3, True, 0, 64, 1, False)
 getitem = quantize_default[0]
 getitem_1 = quantize_default[1]
-unsqueeze_default_2 = unsqueeze(cos_1, 0)
-unsqueeze_default_3 = unsqueeze(sin_1, 0)
-quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_2, unsqueeze_default_3, True, 0, 64, 1, True)
+unsqueeze_default_4 = unsqueeze(cos_1, 0)
+unsqueeze_default_5 = unsqueeze(unsqueeze_default_4, 1)
+unsqueeze_default_6 = unsqueeze(sin_1, 0)
+unsqueeze_default_7 = unsqueeze(unsqueeze_default_6, 1)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default_5, unsqueeze_default_7, True, 0, 64, 1, True)
 getitem_2 = quantize_default_1[0]
 getitem_3 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -408,11 +427,13 @@ convert_element_type_2 = convert_element_type(cos, torch.bfloat16)
 sin = sin(unsqueeze_3)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
+unsqueeze_default = unsqueeze(slice_tensor, 1)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
-quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, False)
+unsqueeze_default_1 = unsqueeze(slice_tensor_1, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
@@ -459,11 +480,13 @@ sin = sin(unsqueeze_3)
 _assert_tensor_metadata_1 = _assert_tensor_metadata(sin, None, None, torch.float32, device=cpu, layout=torch.strided)
 convert_element_type_3 = convert_element_type(sin, torch.bfloat16)
 slice_tensor = slice.Tensor(convert_element_type_2, 2, 0, 8, 1)
+unsqueeze_default = unsqueeze(slice_tensor, 1)
 slice_tensor_1 = slice.Tensor(convert_element_type_3, 2, 0, 8, 1)
-quantize_default = lp_inductor.quantize(arg0_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, False)
+unsqueeze_default_1 = unsqueeze(slice_tensor_1, 1)
+quantize_default = lp_inductor.quantize(arg0_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, False)
 getitem_4 = quantize_default[0]
 getitem_5 = quantize_default[1]
-quantize_default_1 = lp_inductor.quantize(arg1_1, slice_tensor, slice_tensor_1, False, 0, 16, 1, True)
+quantize_default_1 = lp_inductor.quantize(arg1_1, unsqueeze_default, unsqueeze_default_1, False, 0, 16, 1, True)
 getitem_6 = quantize_default_1[0]
 getitem_7 = quantize_default_1[1]
 quantize_centered_default = lp_inductor.quantize_centered(arg2_1)
