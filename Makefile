@@ -5,6 +5,7 @@
 #   make demo    a real language model, its attention in FP8, compared with bfloat16
 #   make test    lint, then every test
 #   make lint    ruff and mypy
+#   make coverage  docs/coverage.md, measured anew on the model zoo
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ TYPECHECK := build/typecheck
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench-compile-time clean
+.PHONY: help demo test lint format pytest coverage bench-compile-time clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +80,13 @@ lint: $(VENV)/.stamp-test
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tests leave a file for each case; the page is made of them only if all pass.
+coverage: $(VENV)/.stamp-test
+	rm -rf build/zoo
+	LP_INDUCTOR_ZOO_DATA=build/zoo OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist loadfile --timeout 900 --deselect tests/zoo/test_coverage.py tests/zoo
+	$(BIN)/python -m tests.zoo.coverage build/zoo
 
 bench-compile-time: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmarks.compile_time $(BENCH_ARGS)

@@ -25,8 +25,11 @@ def check(case: ZooCase) -> Measurement:
     """Measure a case and assert what must hold of it."""
     measured = measure(case.build, dynamo=case.dynamo)
     found = outcomes(measured.sites)
+    folder = os.environ.get(DATA_VARIABLE)
+    if folder:
+        keep(case, measured, Path(folder))
     misses = [str(miss) for site in measured.sites for miss in (site.miss, site.rope_miss) if miss]
-    assert Counter(found) == Counter(case.expected), misses
+    assert Counter(found) == Counter(case.expected), (found, misses)
     assert len(measured.records) == case.graphs
     assert measured.capture_db >= CAPTURE_FLOOR
     assert all(record.same_elsewhere for record in measured.records)
@@ -35,9 +38,6 @@ def check(case: ZooCase) -> Measurement:
     assert measured.output_db >= case.output_floor
     if not measured.decibels:
         check_stock(case, measured)
-    folder = os.environ.get(DATA_VARIABLE)
-    if folder:
-        keep(case, measured, Path(folder))
     return measured
 
 
@@ -51,9 +51,13 @@ def check_stock(case: ZooCase, measured: Measurement) -> None:
 def keep(case: ZooCase, measured: Measurement, folder: Path) -> None:
     """Write the measurement of a case into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(letter if letter.isalnum() else "_" for letter in case.name)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(summary(case, measured), indent=1), encoding="utf-8")
+    text = json.dumps(summary(case, measured), indent=1)
+    (folder / file_name(case)).write_text(text, encoding="utf-8")
+
+
+def file_name(case: ZooCase) -> str:
+    """The name of the file that holds a case's measurement."""
+    return "".join(letter if letter.isalnum() else "_" for letter in case.name) + ".json"
 
 
 def summary(case: ZooCase, measured: Measurement) -> dict[str, Any]:

@@ -34,6 +34,12 @@ class Outcome:
         """Whether the sites are rewritten."""
         return self.miss is None
 
+    def __repr__(self) -> str:
+        """As an expectation is written."""
+        if self.miss is not None:
+            return f"stock({self.count}, {self.miss!r})"
+        return f"fused({self.count}, {self.mask!r}, {self.rope!r}, {self.rope_miss!r})"
+
 
 def fused(
     count: int, mask: str = "none", rope: str | None = None, rope_miss: str | None = None
