@@ -149,8 +149,9 @@ def settle_ropes(
 
     Each operand is rotated by its own proved tables, so one of them may be fused alone: the key of
     a cache is rotated before it is stored. Of two rotations that are not the same neither is
-    fused, unless one of them turns some tokens only: then the other is. A rotation that also moves lanes needs the other to move them alike: the scores do
-    not see that, and the lanes are then left in their order.
+    fused, unless one of them turns some tokens only: then the other is. A rotation that also moves
+    lanes needs the other to move them alike: the scores do not see that, and the lanes are then
+    left in their order.
     """
     found = {"query": query, "key": key}
     ropes = {name: r if isinstance(r, RopeMatch) else None for name, r in found.items()}
