@@ -66,7 +66,11 @@ class Elements:
 
     def value(self, node: Node, index: Index, region: Region) -> Value:
         """The exact value of element ``index`` of ``node`` everywhere in ``region``."""
-        while (moved := pull(Element(node, index), region.bounds)) is not None:
+        # An operator with a rule here is not only followed: the rule may tell cases apart.
+        while node.target not in self._rules:
+            moved = pull(Element(node, index), region.bounds)
+            if moved is None:
+                break
             node, index = moved.node, cast(Index, moved.index)
         key = (self._values(node), index, region)
         if key not in self._known:

@@ -148,25 +148,34 @@ def settle_ropes(
     """Which rotations are fused, and why one that was seen is not.
 
     Each operand is rotated by its own proved tables, so one of them may be fused alone: the key of
-    a cache is rotated before it is stored. Two rotations that are not the same are both left to
-    the model. A rotation that also moves lanes needs the other to move them alike: the scores do
-    not see that, and the lanes are then left in their order.
+    a cache is rotated before it is stored. Of two rotations that are not the same neither is
+    fused, unless one of them turns some tokens only: then the other is. A rotation that also moves
+    lanes needs the other to move them alike: the scores do not see that, and the lanes are then
+    left in their order.
     """
-    misses = [found for found in (query, key) if isinstance(found, Miss)]
-    ropes = {
-        name: found if isinstance(found, RopeMatch) else None
-        for name, found in (("query", query), ("key", key))
-    }
-    first, second = ropes["query"], ropes["key"]
-    if first is not None and second is not None:
-        same = check_same_rope(first, second)
-        if isinstance(same, Miss):
-            misses.append(same)
-            ropes = dict.fromkeys(ropes)
-    elif any(rope is not None and rope.permuted for rope in ropes.values()):
-        misses.append(Miss(MissCode.ROPE_FORM, "only one of query and key has its lanes moved"))
+    found = {"query": query, "key": key}
+    ropes = {name: r if isinstance(r, RopeMatch) else None for name, r in found.items()}
+    misses = [r for r in found.values() if isinstance(r, Miss)]
+    partial = [name for name, rope in ropes.items() if rope is not None and rope.tokens is not None]
+    if len(partial) == 1 and all(ropes.values()):
+        rope = ropes[partial[0]]
+        assert rope is not None
+        detail = f"only tokens {rope.tokens} of the {partial[0]} turn"
+        misses.append(Miss(MissCode.ROPE_TABLES_DIFFER, detail))
+        ropes[partial[0]] = None
+    verdict = _check_pair(ropes["query"], ropes["key"])
+    if isinstance(verdict, Miss):
+        misses.append(verdict)
         ropes = dict.fromkeys(ropes)
     return ropes, misses[0] if misses else None
+
+
+def _check_pair(query: RopeMatch | None, key: RopeMatch | None) -> Ok | Miss:
+    if query is not None and key is not None:
+        return check_same_rope(query, key)
+    if any(rope is not None and rope.permuted for rope in (query, key)):
+        return Miss(MissCode.ROPE_FORM, "only one of query and key has its lanes moved")
+    return OK
 
 
 def _placed(node: Node, axes: Axes, min_heads: int) -> Operand:
@@ -247,4 +256,4 @@ def check_output_free(name: str, rope: RopeMatch, sdpa: Sdpa) -> Ok | Miss:
 
 def _table_names(query: RopeMatch, key: RopeMatch) -> str:
     tables = (query.cos, query.sin, key.cos, key.sin)
-    return "query reads {} and {}, key reads {} and {}".format(*(t.node for t in tables))
+    return "query reads {} and {}, key reads {} and {}".format(*(t.describe() for t in tables))

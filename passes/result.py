@@ -33,10 +33,10 @@ class MissCode(enum.Enum):
     GQA = "key/value heads are not a grouped broadcast of fewer heads"
     EMPTY = "an operand has no elements"
     # RoPE: something rotates lanes of Q or K, and stays where it is (Site.rope_miss)
-    ROPE_FORM = "lanes are mixed, but not as a half-split or interleaved rotation"
+    ROPE_FORM = "lanes are mixed, but not as one half-split or interleaved rotation"
     ROPE_TABLES_DIFFER = "query and key are rotated with different tables"
     ROPE_HALVES_DIFFER = "the two lanes of a pair are rotated by different angles"
-    ROPE_TABLE_AXES = "the table varies over another axis than tokens, or batch and tokens"
+    ROPE_TABLE_AXES = "no tensor holds the table over its lanes and over batch, heads or tokens"
     ROPE_OUTPUT_USED = "the rotated tensor is needed elsewhere too"
     # Masks
     MASK_IS_DATA = "the mask depends on run-time data, and the kernel takes no mask tensor"

@@ -35,7 +35,7 @@ class SiteMask:
         tensor: what says the rest; None where the form says all.
         parts: what the mask asks of a kernel.
         rows_visible: every query provably sees a key.
-        unproved: why nothing is proved; None where something is.
+        unproved: why the form does not say all; None where it does.
     """
 
     form: MaskForm
@@ -77,7 +77,7 @@ def match_mask(sdpa: Sdpa, prover: MaskProver) -> SiteMask | Miss:
     if dtype != torch.bool and dtype not in _BIAS_DTYPES:
         return Miss(MissCode.DTYPE, f"a mask of {dtype}")
     proof = prover.prove(sdpa.mask, *sizes)
-    unproved = proof if isinstance(proof, Miss) else None
+    unproved = proof if isinstance(proof, Miss) else proof.why
     if isinstance(proof, Miss):
         proof = MaskProof(MaskForm(), "whole", rows_visible=False)
     elif not all(can_size(sdpa.node.graph, bound) for bound in _bounds(proof.form)):

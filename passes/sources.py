@@ -124,6 +124,17 @@ def first_node(source: Source) -> Node | None:
     return source.node if isinstance(source, Placement) else None
 
 
+def describe(source: Source) -> str:
+    """For messages: the nodes that a source reads, and their tokens where these are not all."""
+    if isinstance(source, Joined):
+        return " + ".join(describe(part) for part in source.parts)
+    if isinstance(source, Filled):
+        return f"{source.value:g}"
+    start = source.layout.token_start
+    end = sympy.expand(start + source.token_count)
+    return f"{source.node}" if source.reads_all_tokens else f"{source.node}[{start}:{end}]"
+
+
 def copies_made(source: Source) -> int:
     """How many tensors are joined when it is emitted."""
     return len(source.parts) if isinstance(source, Joined) else 1

@@ -29,6 +29,7 @@ from lp_inductor.passes.sources import (
     Filled,
     Joined,
     Source,
+    describe,
     first_node,
     join_sources,
 )
@@ -79,6 +80,10 @@ class Table:
     def node(self) -> Node | None:
         """A node that the table reads, for messages."""
         return first_node(self.source)
+
+    def describe(self) -> str:
+        """For messages: a node, and the tokens that are read where these are not all."""
+        return describe(self.source)
 
     @property
     def head_count(self) -> int:

@@ -41,7 +41,7 @@ Build: TypeAlias = Callable[..., Tensor]
 #: Run-time tensors that a mask reads, for concrete sizes.
 Inputs: TypeAlias = Callable[[Sizes], Sequence[Tensor]]
 SQUARE, WIDE, TALL = Sizes(2, 3, 6, 6), Sizes(2, 3, 4, 7), Sizes(2, 3, 7, 4)
-DECODE = Sizes(2, 3, 1, 8)
+DECODE, LONG = Sizes(2, 3, 1, 8), Sizes(2, 3, 4, 13)
 
 
 def no_inputs(s: Sizes) -> Sequence[Tensor]:
@@ -263,3 +263,45 @@ def below(s: Sizes) -> Tensor:
 
 def band(lower: int | None = None, upper: int | None = None, chunk: int | None = None) -> MaskForm:
     return MaskForm(*(None if x is None else sympy.Integer(x) for x in (lower, upper, chunk)))
+
+
+# Run-time data
+
+EXTREMES = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 1, 5])
+
+
+def bools(*names: Any) -> Inputs:
+    """A random bool tensor; each dimension is a size by name, or a number."""
+
+    def make(s: Sizes) -> Sequence[Tensor]:
+        shape = [getattr(s, n) if isinstance(n, str) else n for n in names]
+        return (torch.rand(shape) < 0.6,)
+
+    return make
+
+
+def integers(*names: Any, low: int = 0, high: int = 2, dtype: torch.dtype = torch.int64) -> Inputs:
+    def make(s: Sizes) -> Sequence[Tensor]:
+        shape = [getattr(s, n) if isinstance(n, str) else n for n in names]
+        return (torch.randint(low, high, shape, dtype=dtype),)
+
+    return make
+
+
+def extremes(*names: str) -> Inputs:
+    """Integers that wrap as soon as anybody computes with them."""
+
+    def make(s: Sizes) -> Sequence[Tensor]:
+        shape = [getattr(s, n) for n in names]
+        return (EXTREMES[torch.randint(len(EXTREMES), shape)],)
+
+    return make
+
+
+def fit(s: Sizes, mask: Tensor) -> Tensor:
+    """What attention asserts of a mask that is not broadcast along the keys."""
+    torch._check(mask.shape[-1] == s.keys)
+    return mask
+
+
+PADDING = bools("batch", "keys")
