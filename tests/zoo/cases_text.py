@@ -9,7 +9,6 @@ HALF, QUERY = "half[0:64]", "half[0:64] (query)"
 WINDOWED = "band[-7, 0]"
 RETURNED = "ROPE_OUTPUT_USED"
 
-PADDING = "Padding is not told from causality: the whole mask goes to the kernel."
 CACHED = "The rotated key is returned in the cache, so the model has to rotate it."
 START = "Where the cache ends is run-time data, so the mask is."
 BY_HAND = "Attention is written out in tensor operators, not as a call."
@@ -32,29 +31,22 @@ def _lm(
 LLAMA = (
     _lm("Llama", "no cache", fused(2, "causal", HALF)),
     _lm("Llama", "default", fused(2, "causal", QUERY, RETURNED), note=CACHED),
-    _lm(
-        "Llama",
-        "right padding",
-        fused(2, "bool", HALF),
-        goal=(fused(2, "causal, keys", HALF),),
-        note=PADDING,
-    ),
-    _lm(
-        "Llama",
-        "left padding",
-        fused(2, "bool", HALF),
-        goal=(fused(2, "causal, keys", HALF),),
-        note=PADDING,
-    ),
+    _lm("Llama", "right padding", fused(2, "causal + keys", HALF)),
+    _lm("Llama", "left padding", fused(2, "causal + keys", HALF)),
     _lm(
         "Llama",
         "position_ids",
         fused(2, "bool", HALF),
-        goal=(fused(2, "causal, bool", HALF),),
+        goal=(fused(2, "causal + bool", HALF),),
         note="Which tokens belong to one sequence is run-time data; causality is not.",
     ),
     _lm("Llama", "DynamicCache, prefill", fused(2, "causal", QUERY, RETURNED), note=CACHED),
-    _lm("Llama", "DynamicCache, 4 more tokens", fused(2, "band[-inf, 16]", QUERY)),
+    _lm(
+        "Llama",
+        "DynamicCache, 4 more tokens",
+        fused(2, "band[-inf, 16]", QUERY, RETURNED),
+        note=CACHED,
+    ),
     _lm("Llama", "DynamicCache, decode", stock(2, "DECODE")),
     _lm("Llama", "StaticCache, prefill", fused(2, "bool", QUERY), note=START),
     _lm("Llama", "StaticCache, 4 more tokens", fused(2, "bool", QUERY), note=START),
@@ -63,29 +55,27 @@ LLAMA = (
 
 SLIDING = (
     _lm("Mistral", "no cache", fused(2, WINDOWED, HALF)),
+    _lm("Mistral", "left padding", fused(2, "band[-7, 0] + keys", HALF)),
+    _lm("Mistral", "DynamicCache, prefill", fused(2, WINDOWED, QUERY, RETURNED), note=CACHED),
     _lm(
         "Mistral",
-        "left padding",
-        fused(2, "bool", HALF),
-        goal=(fused(2, "band[-7, 0], keys", HALF),),
-        note=PADDING,
+        "DynamicCache, 4 more tokens",
+        fused(2, "band[0, 7]", QUERY, RETURNED),
+        note=CACHED,
     ),
-    _lm("Mistral", "DynamicCache, prefill", fused(2, WINDOWED, QUERY, RETURNED), note=CACHED),
-    _lm("Mistral", "DynamicCache, 4 more tokens", fused(2, "band[0, 7]", QUERY)),
     _lm("Mistral", "DynamicCache, decode", stock(2, "DECODE")),
     _lm("Mistral", "StaticCache, prefill", fused(2, WINDOWED, QUERY, RETURNED), note=CACHED),
     _lm("Gemma3", "no cache", fused(1, WINDOWED, HALF), fused(1, "causal", HALF)),
     _lm(
         "Gemma3",
         "right padding",
-        fused(2, "bool", HALF),
-        goal=(fused(1, "band[-7, 0], keys", HALF), fused(1, "causal, keys", HALF)),
-        note=PADDING,
+        fused(1, "band[-7, 0] + keys", HALF),
+        fused(1, "causal + keys", HALF),
     ),
     _lm(
         "Gemma3",
         "StaticCache, 4 more tokens",
-        fused(1, "band[0, 7]", QUERY),
+        fused(1, "band[0, 7]", QUERY, RETURNED),
         fused(1, "bool", QUERY),
         note=START,
     ),
@@ -93,29 +83,21 @@ SLIDING = (
     _lm(
         "Cohere2",
         "left padding",
-        fused(1, "bool", "interleaved[0:64]"),
-        fused(1, "bool"),
-        goal=(fused(1, "band[-7, 0], keys", "interleaved[0:64]"), fused(1, "causal, keys")),
-        note=PADDING,
+        fused(1, "band[-7, 0] + keys", "interleaved[0:64]"),
+        fused(1, "causal + keys"),
     ),
     _lm(
         "Llama4",
         "no cache",
-        fused(1, "bool"),
+        fused(1, "causal, chunk[8]"),
         fused(1, "causal"),
-        goal=(fused(1, "causal, chunk[8]", None, "ROPE_FORM"), fused(1, "causal")),
-        note="Query and key are normalised behind the rotation, which is not said.",
+        note="The rotation stays in the model: query and key are normalised behind it.",
     ),
     _lm(
         "Llama4NoNorm",
         "no cache",
-        fused(1, "bool", "interleaved[0:64]"),
+        fused(1, "causal, chunk[8]", "interleaved[0:64]"),
         fused(1, "causal", "interleaved[0:64]"),
-        goal=(
-            fused(1, "causal, chunk[8]", "interleaved[0:64]"),
-            fused(1, "causal", "interleaved[0:64]"),
-        ),
-        note="Which chunk a token is in is not proved.",
         variant="no qk norm",
     ),
 )
@@ -124,29 +106,28 @@ OTHERS = (
     _lm("Qwen2", "no cache", fused(2, "causal", HALF)),
     _lm("Qwen2", "default", fused(2, "causal", QUERY, RETURNED), note=CACHED),
     _lm("Qwen3", "no cache", fused(2, "causal", HALF)),
-    _lm("Qwen3", "DynamicCache, 4 more tokens", fused(2, "band[-inf, 16]", QUERY)),
+    _lm(
+        "Qwen3",
+        "DynamicCache, 4 more tokens",
+        fused(2, "band[-inf, 16]", QUERY, RETURNED),
+        note=CACHED,
+    ),
     _lm("Mixtral", "no cache", fused(2, "causal", HALF)),
     _lm("Phi3", "no cache", fused(2, "causal", "half[0:48]"), variant="partial"),
     _lm("Phi3LongRope", "no cache", fused(2, "causal", HALF), variant="longrope"),
     _lm("GPTNeoX", "no cache", fused(2, "causal", "half[0:16]")),
-    _lm(
-        "GPTJ",
-        "no cache",
-        goal=(fused(2, "causal", "interleaved[0:32]"),),
-        note=BY_HAND,
-    ),
+    _lm("GPTJ", "no cache", fused(2, "causal", "interleaved[0:32]"), note=BY_HAND),
     _lm("Glm4", "no cache", fused(2, "causal", "interleaved[0:32]")),
     _lm("Olmo2", "no cache", fused(2, "causal", HALF)),
     _lm("SmolLM3", "no cache", fused(1, "causal", HALF), fused(1, "causal")),
     _lm(
         "DeepseekV3",
         "no cache",
-        fused(2, "causal", None, "ROPE_FORM"),
-        goal=(fused(2, "causal", "interleaved[32:48]"),),
+        fused(2, "causal", "interleaved[32:48]"),
         note="The rotation takes neighbouring lanes and leaves them half a window apart.",
     ),
-    _lm("Gemma2", "no cache", note=f"{BY_HAND} Scores are capped: no kernel serves it."),
-    _lm("GptOss", "no cache", note=f"{BY_HAND} Rows have a sink: no kernel serves it."),
+    _lm("Gemma2", "no cache", stock(2, "SOFTCAP"), note=BY_HAND),
+    _lm("GptOss", "no cache", stock(2, "SCORE_FORM"), note=f"{BY_HAND} Its rows have a sink."),
 )
 
 CASES = (*LLAMA, *SLIDING, *OTHERS)

@@ -35,6 +35,8 @@ from lp_inductor.backend import Fp8Backend
 from lp_inductor.config import Fp8Config
 from lp_inductor.lowerings.attention import lower_graph
 from lp_inductor.passes.capture import capture
+from lp_inductor.passes.decomposed import find_decomposed
+from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.rewrite import SITE_META
 from lp_inductor.passes.site import Site
 from tests.helpers import graph_text, keep, sqnr
@@ -218,13 +220,12 @@ class Session:
         stock = _Stock(record.captured)
         fresh = _without_written(record.captured.graph, inputs)
         outputs = stock.run(*inputs)
-        fp8 = _Rewritten(record.rewritten, [operands.result for operands in stock.sites])
+        fp8 = _Rewritten(record.rewritten, {n: site.result for n, site in stock.sites.items()})
         others = fp8.run(*fresh)
         record.same_elsewhere &= _identical(outputs, others)
-        decibels: list[float | None] = [None] * record.refused
-        for number, operands in enumerate(stock.sites):
-            result = fp8.results.get(number)
-            decibels.append(None if result is None else operands.judge(result))
+        decibels: list[float | None] = [None] * len(record.sites)
+        for number, result in fp8.results.items():
+            decibels[record.refused + number] = stock.sites[number].judge(result)
         record.keep(decibels)
         return outputs
 
@@ -245,6 +246,7 @@ class _Watch(CustomGraphPass):
         self._ours(graph)
         record.seconds += time.process_time() - start
         record.rewritten = _copy(graph)
+        _number_sites(record.captured, record.sites[record.refused :])
 
     def uuid(self) -> None:
         """No cache may answer: nothing would be measured."""
@@ -255,6 +257,24 @@ def _copy(graph: Graph) -> GraphModule:
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     return GraphModule(graph.owning_module, new)
+
+
+def _number_sites(captured: GraphModule, sites: Sequence[Site]) -> None:
+    """Give each attention node the number of its site, as the pipeline does.
+
+    Attention that is written out and was rewritten becomes a node here too, to be compared with.
+    """
+    graph = captured.graph
+    found = find_decomposed(graph)
+    raised = {entry.raise_(): entry for entry in found if isinstance(entry, Candidate)}
+    first = len(found) - len(raised)
+    for number, node in enumerate(graph.find_nodes(op="call_function", target=_SDPA), start=first):
+        node.meta[SITE_META] = number
+        if node in raised and sites[number].fused:
+            raised[node].accept(node)
+        elif node in raised:
+            raised[node].discard()
+    captured.recompile()
 
 
 @dataclass(frozen=True)
@@ -292,21 +312,21 @@ class _Stock(Interpreter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self.sites: list[Operands] = []
+        self.sites: dict[int, Operands] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n.target is _SDPA:
             args, _ = self.fetch_args_kwargs_from_env(n)
             kept = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-            self.sites.append(Operands(*kept, result=result.clone()))
+            self.sites[n.meta[SITE_META]] = Operands(*kept, result=result.clone())
         return result
 
 
 class _Rewritten(Interpreter):
     """Runs the rewritten graph; keeps what each rewritten site gives, and goes on from stock's."""
 
-    def __init__(self, module: GraphModule, stock: list[Tensor]) -> None:
+    def __init__(self, module: GraphModule, stock: Mapping[int, Tensor]) -> None:
         super().__init__(module)
         self._stock = stock
         self.results: dict[int, Tensor] = {}
