@@ -443,13 +443,14 @@ def last_query_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1)[:, :, :-1] @ v
 
 
-def rolled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flipped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1).flip(-1) @ v
 
 
 #: lookalikes that are reported, with the names of their codes
 REPORTED: dict[Callable[..., object], str] = {
     over_queries: "SCORE_FORM",
+    flipped: "SCORE_FORM",
     over_heads: "SCORE_FORM",
     scores_returned: "SCORES_USED",
     probabilities_returned: "SCORES_USED",
@@ -533,5 +534,4 @@ SILENT: list[Callable[..., object]] = [
     linear_attention,
     off_by_one,
     pooled,
-    rolled,
 ]

@@ -240,13 +240,13 @@ BOUNDED: dict[str, tuple[Build, str]] = {
         "causal + mask",
     ),
     "chunks of two sizes": (lambda s: rows(s) // 4 == columns(s) // 2, "full + mask"),
+    "flipped": (lambda s: below(s).flip(0), "full + mask"),
     "next chunk too": (lambda s: columns(s) // 2 - rows(s) // 2 <= 1, "full + mask"),
 }
 
 # Masks of which nothing is known, or that no exact arithmetic leads to.
 REFUSED: dict[str, Build] = {
     "nothing": lambda s: ~ones(s),
-    "flipped": lambda s: below(s).flip(0),
     "rolled": lambda s: below(s).roll(1, 0),
     "gathered around the end": lambda s: below(s)[tokens(s.queries) - 1],
     "halves": lambda s: distance(s) > 0.5,
