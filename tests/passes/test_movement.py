@@ -19,6 +19,7 @@ from lp_inductor.passes.indexing import (
     HEAD,
     QUERY,
     ZERO,
+    HeadLanes,
     Lanes,
     floor_div,
     modulo,
@@ -192,9 +193,43 @@ def test_common_chains_are_followed_to_their_source() -> None:
     assert deepest.index == (
         BATCH,
         QUERY,
-        floor_div(HEAD, sympy.Integer(3), bounds),
-        Lanes(range(8)),
+        HeadLanes(8 * floor_div(HEAD, sympy.Integer(3), bounds), Lanes(range(8))),
     )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([1, 2, 4, 6]), st.sampled_from([2, 3, 4, 8]), st.data())
+def test_lanes_beside_heads_are_the_elements(heads: int, lanes: int, data: st.DataObject) -> None:
+    """Views that merge and split heads and lanes: right for every head, where they are followed."""
+    total, shapes = heads * lanes, []
+    for _ in range(data.draw(st.integers(1, 3))):
+        first = data.draw(st.sampled_from([d for d in range(1, total + 1) if total % d == 0]))
+        shapes.append((first, total // first))
+    x = torch.arange(total).view(shapes[0])
+
+    def chain(x: Tensor) -> Tensor:
+        for shape in shapes:
+            x = x.view(shape)
+        return x.view(heads, lanes)
+
+    bounds = {HEAD: sympy.Integer(heads)}
+    head = ZERO if heads == 1 else HEAD
+    element: Element | None = Element(output_of(trace(chain, x)), (head, Lanes(range(lanes))))
+    while element is not None and element.node.op == "call_function":
+        element = pull(element, bounds)
+    if element is None:
+        return
+    for h in range(heads):
+        columns = [numbers(entry, h, lanes) for entry in element.index]
+        found = [x[tuple(c[n] for c in columns)].item() for n in range(lanes)]
+        assert found == chain(x)[h].tolist()
+
+
+def numbers(entry: Any, head: int, lanes: int) -> list[int]:
+    """What an entry is for one head, lane by lane."""
+    if isinstance(entry, HeadLanes):
+        return [int(entry.base.subs({HEAD: head})) + lane for lane in entry.lanes]
+    return list(entry) if isinstance(entry, Lanes) else [int(entry.subs({HEAD: head}))] * lanes
 
 
 S, T = sympy.symbols("s t", integer=True, positive=True)
@@ -207,7 +242,8 @@ S, T = sympy.symbols("s t", integer=True, positive=True)
         ((S, 4), (S, 2, 2), (QUERY, Lanes([1, 1]), Lanes([0, 1])), (QUERY, Lanes([2, 3]))),
         ((S, 2, T), (S, 2, T), (BATCH, HEAD, QUERY), (BATCH, HEAD, QUERY)),
         ((S, T), (S * T,), (BATCH * T + QUERY,), (BATCH, QUERY)),
-        ((S, 8), (S, 4, 2), (QUERY, HEAD, Lanes([0])), None),
+        ((S, 8), (S, 4, 2), (QUERY, HEAD, Lanes([1])), (QUERY, HeadLanes(2 * HEAD, Lanes([1])))),
+        ((S, T), (S, T // 2, 2), (QUERY, HEAD, Lanes([0, 1])), None),
         ((1, S), (S,), (QUERY,), (ZERO, QUERY)),
     ],
 )
