@@ -37,8 +37,7 @@ LLAMA = (
         "Llama",
         "position_ids",
         fused(2, "bool", HALF),
-        goal=(fused(2, "causal + bool", HALF),),
-        note="Which tokens belong to one sequence is run-time data; causality is not.",
+        note="Positions are run-time data, so the mask is.",
     ),
     _lm("Llama", "DynamicCache, prefill", fused(2, "causal", QUERY, RETURNED), note=CACHED),
     _lm(

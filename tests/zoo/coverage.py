@@ -79,12 +79,12 @@ def _introduction(data: Mapping[str, Any]) -> str:
 
 {len(rows)} cases of {len({row["architecture"] for row in rows})} architectures, built from tiny configurations with random weights and called as their users call them: {fused_count(kinds)} of {site_count(kinds)} attention sites are rewritten. Taken on {versions["date"]} on a CPU with torch {versions["torch"]}, transformers {versions["transformers"]} and diffusers {versions["diffusers"]}; `make coverage` runs the tests under `tests/zoo/` and writes this page from what they measure (`benchmarks/results/{DATA.name}`).
 
-- *sites* are calls of `scaled_dot_product_attention` that reach the compiler; what a model writes out in tensor operators, or runs between graph breaks in Python, is none.
+- *sites* are calls of `scaled_dot_product_attention`, and attention written out in tensor operators, that reach the compiler; what runs in Python between graph breaks is none.
 - *worst site* is the least SQNR of a rewritten site against attention in float64 over the site's own operands in the model, the errors of sites before it taken out. At least {SITE_FLOOR:g} dB is demanded of each.
 - *output* is the SQNR of the model's output against the same model with stock attention. Random weights carry an error on as trained ones would not; it says that nothing is broken, and nothing about the quality of a trained model.
 - *left* says why a site, or a rotation that was seen, stays as it was: see [misses](misses.md).
 
-With stock results put in place of those of rewritten sites, every model's output is that of stock attention bit by bit; where nothing is rewritten, the graphs that go on to Inductor are stock's. Our passes took {spent:.1f} s of the {traced:.0f} s of processor time that Dynamo, AOTAutograd and they took together, code generation not included."""
+With stock attention's results put in place of those of rewritten sites, every model's output is bit by bit that of the same graph with stock attention; where nothing is rewritten, the graphs that go on to Inductor are stock's. Our passes took {spent:.1f} s of the {traced:.0f} s of processor time that Dynamo, AOTAutograd and they took together, code generation not included."""
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -115,17 +115,18 @@ def measure(
     build: Callable[[], Built],
     config: Fp8Config | None = None,
     dynamo: Mapping[str, Any] | None = None,
+    inductor: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """Trace a model once, and run it with stock attention and with ours.
 
-    ``dynamo`` holds options of torch._dynamo.config.
+    ``dynamo`` and ``inductor`` hold options of torch._dynamo.config and torch._inductor.config.
     """
     torch._dynamo.reset()
     counters.clear()
     with torch.no_grad(), torch._dynamo.config.patch(dict(dynamo or {})):
         module, args, kwargs = build()
         eager = module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        session = Session(config or Fp8Config())
+        session = Session(config or Fp8Config(), inductor)
         compiled = torch.compile(module, backend=session)
         again = copy.deepcopy((args, kwargs))
         start = time.process_time()
@@ -176,8 +177,8 @@ def primary(output: Any) -> Tensor:
 class Session:
     """A backend of torch.compile that keeps, measures and interprets every graph it is given."""
 
-    def __init__(self, config: Fp8Config) -> None:
-        self._backend = Fp8Backend(config)
+    def __init__(self, config: Fp8Config, inductor: Mapping[str, Any] | None = None) -> None:
+        self._backend = Fp8Backend(config, options=inductor)
         self.records: list[Record] = []
         self.run_fp8 = False
         self.run_seconds = 0.0

@@ -199,12 +199,12 @@ def qwen_image(padded: bool = False) -> Built:
     return _built("QwenImageTransformer2DModel", options, call)
 
 
-def mochi() -> Built:
+def mochi(layers: int = 2) -> Built:
     """Two frames of 8 x 8; the last three of eight prompt tokens are padding."""
     options = {
         **_BASE,
         "in_channels": 4,
-        "num_layers": 2,
+        "num_layers": layers,
         "pooled_projection_dim": WIDTH // 2,
         "text_embed_dim": 32,
         "time_embed_dim": 32,
