@@ -73,6 +73,10 @@ _OPEN = frozenset(
 )
 
 
+#: Those whose subgraphs' nodes hand their own metadata on through AOTAutograd.
+_KEEPS_METADATA = frozenset({"cond", "invoke_subgraph", "tag_activation_checkpoint", "while_loop"})
+
+
 @dataclass
 class _Call:
     """One attention call: its graph, and what stands around it."""
@@ -81,6 +85,7 @@ class _Call:
     node: Node
     forced: bool
     closed: str | None
+    callers: tuple[Node, ...]
 
 
 def capture(gm: GraphModule) -> list[Site]:
@@ -95,13 +100,13 @@ def capture(gm: GraphModule) -> list[Site]:
         if not is_attention(call.node):
             sites = _capture_multihead(call)
             if sites:
-                _mark_refused(call.node)
+                _mark_refused(call)
             refused += sites
             continue
         arguments = _arguments(call.node)
         verdict = _check_call(arguments, call)
         if isinstance(verdict, Miss):
-            _mark_refused(call.node)
+            _mark_refused(call)
             refused.append(refused_site(call.node, arguments, verdict))
             continue
         _replace(call.node, arguments)
@@ -122,21 +127,24 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
     calls: dict[Node, _Call] = {}
     visited: set[tuple[int, bool, str | None]] = set()
 
-    def visit(module: GraphModule, forced: bool, closed: str | None) -> None:
+    def visit(
+        module: GraphModule, forced: bool, closed: str | None, callers: tuple[Node, ...]
+    ) -> None:
         if (key := (id(module), forced, closed)) in visited:
             return
         visited.add(key)
         for node, chosen in _with_backend_choice(module.graph):
             here = forced or chosen
             if is_attention(node) or multihead.is_multihead(node):
-                call = calls.setdefault(node, _Call(module.graph, node, here, closed))
+                call = calls.setdefault(node, _Call(module.graph, node, here, closed, ()))
                 # A subgraph may be called from several places: all of them must allow it.
                 call.forced |= here
                 call.closed = call.closed or closed
+                call.callers += callers
             for child in _subgraphs(module, node):
-                visit(child, here, closed or _closed_by(node))
+                visit(child, here, closed or _closed_by(node), (*callers, node))
 
-    visit(gm, False, None)
+    visit(gm, False, None, ())
     return list(calls.values())
 
 
@@ -225,9 +233,14 @@ def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     return verdict
 
 
-def _mark_refused(node: Node) -> None:
-    """Nobody shall find the call again in what AOTAutograd makes of it."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
+def _mark_refused(call: _Call) -> None:
+    """Nobody shall find the call again in what AOTAutograd makes of it.
+
+    What runs inside of ``wrap`` and its like has the metadata of the operator alone.
+    """
+    inlined = [n for n in call.callers if getattr(n.target, "__name__", "") not in _KEEPS_METADATA]
+    for node in (call.node, *inlined):
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
 
 
 def _check_place(call: _Call) -> Ok | Miss:
