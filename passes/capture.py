@@ -73,18 +73,22 @@ _OPEN = frozenset(
 )
 
 
+#: Those whose subgraphs' nodes hand their own metadata on through AOTAutograd.
+_KEEPS_METADATA = frozenset({"cond", "invoke_subgraph", "tag_activation_checkpoint", "while_loop"})
+
+
 @dataclass
 class _Call:
     """One attention call: its graph, and what stands around it.
 
-    ``operators``: the higher-order operators whose subgraphs it is in.
+    ``callers``: the higher-order operators whose subgraphs it is in.
     """
 
     graph: Graph
     node: Node
     forced: bool
     closed: str | None
-    operators: set[Node]
+    callers: tuple[Node, ...]
 
 
 def capture(gm: GraphModule) -> list[Site]:
@@ -99,15 +103,14 @@ def capture(gm: GraphModule) -> list[Site]:
         if not is_attention(call.node):
             sites = _capture_multihead(call)
             if sites:
-                _mark_refused(call.node)
+                _mark_refused(call)
             refused += sites
             continue
         arguments = _arguments(call.node)
         verdict = _check_call(arguments, call)
         if isinstance(verdict, Miss):
+            _mark_refused(call)
             refused.append(refused_site(call.node, arguments, verdict))
-            for node in (call.node, *call.operators):
-                _mark_refused(node)
             continue
         _replace(call.node, arguments)
     for graph in {call.graph for call in calls}:
@@ -128,7 +131,7 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
     visited: set[tuple[int, bool, str | None]] = set()
 
     def visit(
-        module: GraphModule, forced: bool, closed: str | None, operators: frozenset[Node]
+        module: GraphModule, forced: bool, closed: str | None, callers: tuple[Node, ...]
     ) -> None:
         if (key := (id(module), forced, closed)) in visited:
             return
@@ -136,15 +139,15 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
         for node, chosen in _with_backend_choice(module.graph):
             here = forced or chosen
             if is_attention(node) or multihead.is_multihead(node):
-                call = calls.setdefault(node, _Call(module.graph, node, here, closed, set()))
+                call = calls.setdefault(node, _Call(module.graph, node, here, closed, ()))
                 # A subgraph may be called from several places: all of them must allow it.
                 call.forced |= here
                 call.closed = call.closed or closed
-                call.operators |= operators
+                call.callers += callers
             for child in _subgraphs(module, node):
-                visit(child, here, closed or _closed_by(node), operators | {node})
+                visit(child, here, closed or _closed_by(node), (*callers, node))
 
-    visit(gm, False, None, frozenset())
+    visit(gm, False, None, ())
     return list(calls.values())
 
 
@@ -233,13 +236,14 @@ def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     return verdict
 
 
-def _mark_refused(node: Node) -> None:
+def _mark_refused(call: _Call) -> None:
     """Nobody shall find the call again in what AOTAutograd makes of it.
 
-    AOTAutograd traces some subgraphs in a way that loses the marks inside; there the mark of the
-    operator speaks for all of its subgraph.
+    What runs inside of ``wrap`` and its like has the metadata of the operator alone.
     """
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
+    inlined = [n for n in call.callers if getattr(n.target, "__name__", "") not in _KEEPS_METADATA]
+    for node in (call.node, *inlined):
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), REFUSED_META: True}
 
 
 def _check_place(call: _Call) -> Ok | Miss:

@@ -124,20 +124,25 @@ def with_attention(model: Callable[..., Tensor], attend: Attend) -> Callable[...
 @pytest.mark.parametrize("name", OPEN)
 def test_subgraphs_are_rewritten(name: str, attend: Attend) -> None:
     function, count = OPEN[name]
-    model = with_attention(function, attend)
     operands = qkv()
     with torch.no_grad():
-        report = lp_inductor.explain(model, *operands)
+        report = lp_inductor.explain(with_attention(function, attend), *operands)
+    assert report.fused == len(report.sites) == count
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_rewritten_subgraphs_are_right(name: str) -> None:
+    model = with_attention(OPEN[name][0], causal)
+    operands = qkv()
+    with torch.no_grad():
         reference = model(*(t.double() for t in operands))
         ours = compile_fp8(model, Fp8Config(on_miss="raise"), fullgraph=True)(*operands)
-        stock = compile_stock(model)(*operands)
-    assert report.fused == len(report.sites) == count
     assert 20 < sqnr(reference, ours) < 45
-    assert ours.stride() == stock.stride()
 
 
-@pytest.mark.parametrize("attend", [dropped, grouped_values])
-@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize(
+    ("name", "attend"), [*((n, dropped) for n in OPEN), ("cond", grouped_values)]
+)
 def test_refused_in_subgraphs_is_stock(name: str, attend: Attend) -> None:
     function, count = OPEN[name]
     model = with_attention(function, attend)

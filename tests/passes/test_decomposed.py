@@ -18,12 +18,23 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
+import lp_inductor
+from lp_inductor import Fp8Config
 from lp_inductor.passes.decomposed import find_decomposed
 from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.result import MissCode
 from lp_inductor.passes.site import Site
 from tests import written_out
-from tests.helpers import graph_text
+from tests.helpers import (
+    canonical,
+    compile_fp8,
+    compile_stock,
+    graph_text,
+    rewritten_graph,
+    sqnr,
+    stock_graph,
+)
+from tests.models import causal_mask, half_tables, rope_half
 
 SDPA = torch.ops.lp_inductor.sdpa.default
 Model = Callable[..., Any]
@@ -421,3 +432,47 @@ def test_random_spellings(choices: Choices) -> None:
         assert kinds == [True], [str(site.miss) for site in raised.found]  # type: ignore[union-attr]
     else:
         assert True not in kinds
+
+
+def rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Llama's rotation in front of eager attention; query scaled, heads folded."""
+    cos, sin = half_tables(q.shape[2], q.shape[3], q)
+    q, k = rope_half(q, cos, sin), rope_half(k, cos, sin)
+    return written_out.fairseq(q * 0.3, k, v)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return written_out.filled(q, k, v, causal_mask(q.shape[2]))
+
+
+@pytest.mark.parametrize(
+    ("model", "rope", "mask"),
+    [
+        (rotated, "half[0:32]", "none"),
+        (causal, None, "causal"),
+        (written_out.matmul, None, "none"),
+        (written_out.grouped_einsum, None, "none"),
+    ],
+)
+def test_rewritten_end_to_end(model: Model, rope: str | None, mask: str) -> None:
+    operands = [torch.randn(2, 4, 16, 32).bfloat16() for _ in range(3)]
+    with torch.no_grad():
+        (site,) = lp_inductor.explain(model, *operands).sites
+        ours = compile_fp8(model, {"on_miss": "raise"}, fullgraph=True)(*operands)
+        stock = compile_stock(model)(*operands)
+    assert site.fused and site.rope == rope and site.mask == mask
+    reference = model(*(t.double() for t in operands))
+    assert 20 < sqnr(reference, ours) < 45
+    assert ours.dtype == stock.dtype and ours.stride() == stock.stride()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [written_out.matmul, written_out.fairseq, rotated, written_out.softcap, written_out.over_heads],
+)
+def test_refused_is_stock(model: Model) -> None:
+    """A candidate that no kernel shall serve, and what never was one."""
+    operands = [torch.randn(2, 4, 16, 32).bfloat16() for _ in range(3)]
+    config = Fp8Config(skip=("*",))
+    ours, stock = rewritten_graph(model, *operands, config=config), stock_graph(model, *operands)
+    assert canonical(ours) == canonical(stock)
