@@ -113,7 +113,7 @@ def test_a_kernel_that_is_not_activated_cannot_be_forced() -> None:
         compiled(*to_gpu(qkv()))
 
 
-@pytest.mark.parametrize("name", ["decode", "value_heads", "rank"])
+@pytest.mark.parametrize("name", ["decode", "rank"])
 def test_refused_sites_are_stock(name: str) -> None:
     from tests.test_refusals import REFUSED
 
