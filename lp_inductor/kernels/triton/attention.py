@@ -11,6 +11,8 @@ from lp_inductor.kernels.triton.blocks import Blocks, choose_blocks, split_dim
 from lp_inductor.visibility import Visibility
 
 FP8 = torch.float8_e4m3fn
+#: What keys and values may take of the L2 cache; the smallest cards with FP8 have 32 MB and more.
+L2_BYTES = 32 * 2**20
 #: Keys per vector of a transposed value: its rows are padded to a multiple of this.
 KEY_PADDING = 16
 
@@ -106,7 +108,7 @@ def attention_triton(
     from lp_inductor.kernels.triton.launch import launch_attention
 
     launch_attention(
-        (-(-query_len // blocks.queries), heads, batch),
+        (-(-query_len // blocks.queries) * heads * batch,),
         query, key, value_t, out, lse if lse is not None else query,
         mask if mask is not None else query,
         q_descale, k_descale, v_descale, v_mean if v_mean is not None else v_descale,
@@ -114,7 +116,8 @@ def attention_triton(
         *(lse.stride()[:2] if lse is not None else (0, 0)), *mask_strides,
         *q_strides, *_with_last(k_descale), *_with_last(v_descale),
         *((v_mean.stride(0), v_mean.stride(1), v_mean.stride(3)) if v_mean is not None else (0, 0, 0)),
-        query_len, key_len, scale, visible.lower or 0, visible.upper or 0, visible.chunk or 1,
+        heads, _section(key_len, head_dim + dim_v, heads // kv_heads), query_len, key_len, scale,
+        visible.lower or 0, visible.upper or 0, visible.chunk or 1,
         GROUP=heads // kv_heads, Q_SCALE_GROUP=q_scale_group,
         D=head_dim, D0=d0, D1=d1, DV=dim_v, DV0=dv0, DV1=dv1,
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
@@ -124,7 +127,7 @@ def attention_triton(
         Q_PER_ROW=q_descale.dim() == 3, K_BLOCK=k_block if k_descale.dim() == 3 else 0,
         V_PER_CHANNEL=v_descale.dim() == 3, HAS_MEAN=v_mean is not None,
         HAS_LSE=lse is not None, PRESCALE=mask_kind == 2 or scale <= 0.0,
-        NUM_STAGES=blocks.stages, INTERPRET=interpreted(), num_warps=blocks.warps,
+        TWO_LEVEL=blocks.two_level, NUM_STAGES=blocks.stages, INTERPRET=interpreted(), num_warps=blocks.warps,
     )  # fmt: skip
     return out, lse
 
@@ -138,6 +141,11 @@ def _mask_arguments(
     kind = 1 if mask.dtype == torch.bool else 2
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     return (mask.view(torch.uint8) if kind == 1 else mask), kind, strides
+
+
+def _section(key_len: int, bytes_per_key: int, group: int) -> int:
+    """How many neighbouring query heads have keys and values that fit in the L2 cache together."""
+    return group * max(1, L2_BYTES // (key_len * bytes_per_key))
 
 
 def _with_last(descale: Tensor) -> tuple[int, int, int]:

@@ -75,19 +75,22 @@ def _load(pointers, tokens_valid, dims_valid, MASK_TOKENS: tl.constexpr, MASK_DI
 
 
 @triton.jit
-def _hide(
-    s, rows, keys, key_len, lower, upper, chunk,
+def _key_bounds(
+    rows, key_len, lower, upper, chunk,
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf where the position of the key hides it."""
-    visible = (keys < key_len)[None, :]
+    """The first and the last key that the position of each row lets it see."""
+    first = tl.zeros_like(rows)
+    last = tl.zeros_like(rows) + (key_len - 1)
     if UPPER:
-        visible = visible & (keys[None, :] - rows[:, None] <= upper)
+        last = tl.minimum(last, rows + upper)
     if LOWER:
-        visible = visible & (keys[None, :] - rows[:, None] >= lower)
+        first = tl.maximum(first, rows + lower)
     if CHUNK:
-        visible = visible & ((keys // chunk)[None, :] == (rows // chunk)[:, None])
-    return tl.where(visible, s, float("-inf"))
+        chunk_start = rows // chunk * chunk
+        first = tl.maximum(first, chunk_start)
+        last = tl.minimum(last, chunk_start + (chunk - 1))
+    return first, last
 
 
 @triton.jit
@@ -111,6 +114,14 @@ def _apply_mask_tensor(
 
 
 @triton.jit
+def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
+    """acc * alpha + p @ v; TWO_LEVEL: the sum over tiles in float32, not in the matrix unit."""
+    if TWO_LEVEL:
+        return acc * alpha[:, None] + tl.dot(p, v)
+    return tl.dot(p, v, acc * alpha[:, None])
+
+
+@triton.jit
 def _attend(
     acc0, acc1, row_sum, row_max, q0, q1, qk_scale,
     k_ptr, v_ptr, mask_ptr, k_descale_ptr,
@@ -121,8 +132,8 @@ def _attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr, Q_PER_ROW: tl.constexpr,
-    K_BLOCK: tl.constexpr, PRESCALE: tl.constexpr, NUM_STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    K_BLOCK: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
+    NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [start, end) to the sums; EDGE: positions may hide some of them."""
     order = _key_order(BLOCK_N)
@@ -131,6 +142,9 @@ def _attend(
     natural = tl.arange(0, BLOCK_N)
     k_offsets = order[:, None] * stride_kn + dims0[None, :]
     v_offsets = dims_v0[:, None] * stride_vd + natural[None, :]
+    first_key, last_key = _key_bounds(
+        rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK
+    )
     # The rows of the values are padded with zeros to whole vectors of 16.
     padded_len = tl.multiple_of(tl.cdiv(key_len, 16) * 16, 16)
     for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
@@ -158,7 +172,10 @@ def _attend(
                 MASK, MASK_PER_ROW, EDGE,
             )  # fmt: skip
         if EDGE:
-            s = _hide(s, rows, keys, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK)
+            visible = keys[None, :] <= last_key[:, None]
+            if LOWER or CHUNK:
+                visible = visible & (keys[None, :] >= first_key[:, None])
+            s = tl.where(visible, s, float("-inf"))
 
         tile_max = tl.max(s, 1)
         if not PRESCALE:
@@ -180,13 +197,34 @@ def _attend(
         keys_valid_v = (first + natural < padded_len)[None, :]
         v_tile = v_ptr + first
         v0 = _load(v_tile + v_offsets, keys_valid_v, (dims_v0 < DV)[:, None], EDGE, DV0 > DV)
-        acc0 = acc0 * alpha[:, None] + tl.dot(p8, tl.trans(v0))
+        acc0 = _accumulate(acc0, alpha, p8, tl.trans(v0), TWO_LEVEL)
         if DV1 > 0:
             dims_v1 = DV0 + tl.arange(0, DV1)
             v1_pointers = v_tile + dims_v1[:, None] * stride_vd + natural[None, :]
             v1 = _load(v1_pointers, keys_valid_v, (dims_v1 < DV)[:, None], EDGE, DV0 + DV1 > DV)
-            acc1 = acc1 * alpha[:, None] + tl.dot(p8, tl.trans(v1))
+            acc1 = _accumulate(acc1, alpha, p8, tl.trans(v1), TWO_LEVEL)
     return acc0, acc1, row_sum, row_max
+
+
+@triton.jit
+def _schedule(program, tiles, heads, programs, section, UPPER: tl.constexpr):
+    """Which tile of which head of which batch entry a program computes.
+
+    Tiles of one head run together and share its keys in the L2 cache. Where later queries see more
+    keys, the longest tiles of ``section`` heads, whose keys fit in the cache together, run first:
+    what runs last is short, and no multiprocessor waits long for another.
+    """
+    if UPPER:
+        per_section = section * tiles
+        first_head = program // per_section * section
+        in_section = program % per_section
+        width = tl.minimum(section, programs // tiles - first_head)
+        tile = tiles - 1 - in_section // width
+        batch_head = first_head + in_section % width
+    else:
+        tile = program % tiles
+        batch_head = program // tiles
+    return tile, (batch_head % heads).to(tl.int64), (batch_head // heads).to(tl.int64)
 
 
 @triton.jit
@@ -236,7 +274,7 @@ def _load_query(
 
 @triton.jit
 def _store_output(
-    acc, row_sum, out_ptr, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+    acc, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
     rows, query_len, FIRST: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr,
     V_PER_CHANNEL: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +287,7 @@ def _store_output(
         descale = tl.load(v_descale_ptr + dims * stride_vsd, mask=dims_valid, other=0.0)
         out = acc * inverse[:, None] * descale[None, :]
     else:
-        out = acc * (inverse * tl.load(v_descale_ptr))[:, None]
+        out = acc * (inverse * v_descale)[:, None]
     if HAS_MEAN:
         mean = tl.load(v_mean_ptr + dims * stride_vmd, mask=dims_valid, other=0.0)
         out += mean[None, :]
@@ -274,7 +312,7 @@ def attention_forward(
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsd,
     stride_vmb, stride_vmh, stride_vmd,
-    query_len, key_len, scale, lower, upper, chunk,
+    heads, section, query_len, key_len, scale, lower, upper, chunk,
     GROUP: tl.constexpr, Q_SCALE_GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
@@ -282,19 +320,17 @@ def attention_forward(
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr,
     Q_PER_ROW: tl.constexpr, K_BLOCK: tl.constexpr, V_PER_CHANNEL: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, PRESCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BLOCK_M queries of one head; grid (query tiles, heads, batch).
+    """Attention of BLOCK_M queries of one head; grid (query tiles * heads * batch,).
 
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
     query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query.
     """
-    tile = tl.program_id(0)
-    if UPPER:  # the tiles with the most keys first, so that the last to run are short
-        tile = tl.num_programs(0) - 1 - tile
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    tile, head, batch = _schedule(
+        tl.program_id(0), tl.cdiv(query_len, BLOCK_M), heads, tl.num_programs(0), section, UPPER
+    )
     kv_head = head // GROUP
     row0 = tile * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -310,6 +346,10 @@ def attention_forward(
     else:
         q_descale = tl.load(q_descale_ptr)
     qk_scale = q_descale * (tl.cast(scale, tl.float32) * LOG2_E)
+    v_descale_ptr += batch * stride_vsb + kv_head * stride_vsh
+    v_descale = 1.0
+    if not V_PER_CHANNEL:
+        v_descale = tl.load(v_descale_ptr)
     if K_BLOCK == 0:
         qk_scale = qk_scale * tl.load(k_descale_ptr)
 
@@ -333,22 +373,23 @@ def attention_forward(
             stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
             rows, query_len, key_len, lower, upper, chunk, start, tl.minimum(full_start, end),
             D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, True, LOWER, UPPER, CHUNK,
-            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, NUM_STAGES, INTERPRET,
+            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
         )  # fmt: skip
     acc0, acc1, row_sum, row_max = _attend(
         acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
         stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
         rows, query_len, key_len, lower, upper, chunk, full_start, full_end,
         D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, False, LOWER, UPPER, CHUNK,
-        MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, NUM_STAGES, INTERPRET,
+        MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
     )  # fmt: skip
-    acc0, acc1, row_sum, row_max = _attend(
-        acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
-        stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
-        rows, query_len, key_len, lower, upper, chunk, full_end, end,
-        D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, True, LOWER, UPPER, CHUNK,
-        MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, NUM_STAGES, INTERPRET,
-    )  # fmt: skip
+    if full_end < end:
+        acc0, acc1, row_sum, row_max = _attend(
+            acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
+            stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
+            rows, query_len, key_len, lower, upper, chunk, full_end, end,
+            D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, True, LOWER, UPPER, CHUNK,
+            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
+        )  # fmt: skip
 
     if HAS_LSE:
         lse = (row_max + tl.log2(row_sum) - LOG2_P_SCALE) * LN_2
@@ -356,14 +397,13 @@ def attention_forward(
         lse_ptr += batch * stride_lb + head * stride_lh
         tl.store(lse_ptr + rows, lse, mask=rows < query_len)
     out_ptr += batch * stride_ob + head * stride_oh
-    v_descale_ptr += batch * stride_vsb + kv_head * stride_vsh
     v_mean_ptr += batch * stride_vmb + kv_head * stride_vmh
     _store_output(
-        acc0, row_sum, out_ptr, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+        acc0, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
         rows, query_len, 0, DV0, DV, V_PER_CHANNEL, HAS_MEAN,
     )  # fmt: skip
     if DV1 > 0:
         _store_output(
-            acc1, row_sum, out_ptr, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+            acc1, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
             rows, query_len, DV0, DV1, DV, V_PER_CHANNEL, HAS_MEAN,
         )  # fmt: skip

@@ -13,6 +13,7 @@ class Blocks:
     keys: int = 128
     warps: int = 4
     stages: int = 3
+    two_level: bool = True
 
 
 def split_dim(dim: int, least: int = 32) -> tuple[int, int]:
