@@ -63,6 +63,13 @@ def _to_key_order(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _from_key_order(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns in the order of the keys -> columns as :func:`_key_order` numbers them."""
+    p = tl.reshape(p, (BLOCK_M, BLOCK_N // 16, 4, 2, 2))
+    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
 def _load(pointers, tokens_valid, dims_valid, MASK_TOKENS: tl.constexpr, MASK_DIMS: tl.constexpr):
     """Load a tile; zeros where a token or a dim is masked and not valid."""
     if MASK_TOKENS and MASK_DIMS:
@@ -95,22 +102,31 @@ def _key_bounds(
 
 @triton.jit
 def _apply_mask_tensor(
-    s, mask_ptr, rows, keys, query_len, key_len, stride_mm, stride_mn,
+    s, mask_ptr, rows, first, keys, query_len, key_len, stride_mm, stride_mn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, PER_ROW: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Scores under a bool mask, or scores in units of log2 plus a bias."""
-    if EDGE:
-        keys = tl.minimum(keys, key_len - 1)
-    offsets = keys.to(tl.int64)[None, :] * stride_mn
     if PER_ROW:
-        offsets += tl.minimum(rows, query_len - 1).to(tl.int64)[:, None] * stride_mm
-    given = tl.load(mask_ptr + offsets)
+        # Rows are read in the order of memory, many keys at once, and then put in order.
+        rows = tl.minimum(rows, query_len - 1)
+        natural = first + tl.arange(0, BLOCK_N)
+        if EDGE:
+            natural = tl.minimum(natural, key_len - 1)
+        offsets = rows.to(tl.int64)[:, None] * stride_mm + natural.to(tl.int64)[None, :] * stride_mn
+        given = _from_key_order(tl.load(mask_ptr + offsets), BLOCK_M, BLOCK_N)
+    else:
+        if EDGE:
+            keys = tl.minimum(keys, key_len - 1)
+        given = tl.load(mask_ptr + keys.to(tl.int64) * stride_mn)
     if MASK == 1:
-        return tl.where(given != 0, s, float("-inf"))
+        visible = given != 0 if PER_ROW else (given != 0)[None, :]
+        return tl.where(visible, s, float("-inf"))
     # A finite bias stays finite in units of log2, however low: a row of nothing but the lowest
     # number attends to all its keys alike.
     bias = given.to(tl.float32)
-    return s + tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
+    bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
+    return s + (bias if PER_ROW else bias[None, :])
 
 
 @triton.jit
@@ -168,8 +184,8 @@ def _attend(
             s = s * scale_2d
         if MASK != 0:
             s = _apply_mask_tensor(
-                s, mask_ptr, rows, keys, query_len, key_len, stride_mm, stride_mn,
-                MASK, MASK_PER_ROW, EDGE,
+                s, mask_ptr, rows, first, keys, query_len, key_len, stride_mm, stride_mn,
+                BLOCK_M, BLOCK_N, MASK, MASK_PER_ROW, EDGE,
             )  # fmt: skip
         if EDGE:
             visible = keys[None, :] <= last_key[:, None]
