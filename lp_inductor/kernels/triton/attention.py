@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,6 @@ from lp_inductor.kernels.triton.blocks import Blocks, choose_blocks, split_dim
 from lp_inductor.visibility import Visibility
 
 FP8 = torch.float8_e4m3fn
-#: What keys and values may take of the L2 cache; the smallest cards with FP8 have 32 MB and more.
-L2_BYTES = 32 * 2**20
 #: Keys per vector of a transposed value: its rows are padded to a multiple of this.
 KEY_PADDING = 16
 
@@ -22,6 +18,13 @@ def interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def padded_len(key_len: int) -> int:
@@ -93,7 +96,8 @@ def attention_triton(
     kv_heads, key_len, dim_v = key.shape[1], key.shape[2], value_t.shape[2]
     visible = visible or Visibility()
     scale = head_dim**-0.5 if scale is None else float(scale)
-    blocks = blocks or choose_blocks(head_dim, dim_v, interpreted())
+    if blocks is None:
+        blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
     if k_block % blocks.keys:
         raise ValueError(f"k_block {k_block} is not a multiple of the {blocks.keys} keys of a tile")
     out = query.new_empty((batch, query_len, heads, dim_v), dtype=out_dtype).transpose(1, 2)
@@ -101,23 +105,27 @@ def attention_triton(
     if out.numel() == 0:
         return out, lse
 
-    mask, mask_kind, mask_strides = _mask_arguments(visible.tensor, batch, heads, query_len, key_len)
+    mask, mask_kind, mask_strides = _mask_arguments(visible.tensor)
     d0, d1 = split_dim(head_dim)
     dv0, dv1 = split_dim(dim_v)
     q_strides, q_scale_group = _q_descale_strides(q_descale, heads // kv_heads)
+    mean_strides = (0, 0, 0)
+    if v_mean is not None:
+        mean_strides = (v_mean.stride(0), v_mean.stride(1), v_mean.stride(3))
+    lower, upper, chunk = (
+        default if bound is None else bound
+        for bound, default in ((visible.lower, 0), (visible.upper, 0), (visible.chunk, 1))
+    )
     from lp_inductor.kernels.triton.launch import launch_attention
 
     launch_attention(
         (-(-query_len // blocks.queries) * heads * batch,),
-        query, key, value_t, out, lse if lse is not None else query,
-        mask if mask is not None else query,
-        q_descale, k_descale, v_descale, v_mean if v_mean is not None else v_descale,
+        query, key, value_t, out, _or(lse, query), _or(mask, query),
+        q_descale, k_descale, v_descale, _or(v_mean, v_descale),
         *query.stride()[:3], *key.stride()[:3], *value_t.stride()[:3], *out.stride()[:3],
         *(lse.stride()[:2] if lse is not None else (0, 0)), *mask_strides,
-        *q_strides, *_with_last(k_descale), *_with_last(v_descale),
-        *((v_mean.stride(0), v_mean.stride(1), v_mean.stride(3)) if v_mean is not None else (0, 0, 0)),
-        heads, _section(key_len, head_dim + dim_v, heads // kv_heads), query_len, key_len, scale,
-        visible.lower or 0, visible.upper or 0, visible.chunk or 1,
+        *q_strides, *_with_last(k_descale), *_with_last(v_descale), *mean_strides,
+        heads, query_len, key_len, scale, lower, upper, chunk,
         GROUP=heads // kv_heads, Q_SCALE_GROUP=q_scale_group,
         D=head_dim, D0=d0, D1=d1, DV=dim_v, DV0=dv0, DV1=dv1,
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
@@ -127,25 +135,27 @@ def attention_triton(
         Q_PER_ROW=q_descale.dim() == 3, K_BLOCK=k_block if k_descale.dim() == 3 else 0,
         V_PER_CHANNEL=v_descale.dim() == 3, HAS_MEAN=v_mean is not None,
         HAS_LSE=lse is not None, PRESCALE=mask_kind == 2 or scale <= 0.0,
-        TWO_LEVEL=blocks.two_level, NUM_STAGES=blocks.stages, INTERPRET=interpreted(), num_warps=blocks.warps,
+        TWO_LEVEL=blocks.two_level, NUM_STAGES=blocks.stages, INTERPRET=interpreted(),
+        num_warps=blocks.warps,
     )  # fmt: skip
     return out, lse
 
 
-def _mask_arguments(
-    mask: Tensor | None, batch: int, heads: int, query_len: int, key_len: int
-) -> tuple[Tensor | None, int, tuple[int, ...]]:
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """A pointer that is never read stands in for what is not there."""
+    return placeholder if tensor is None else tensor
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, int, tuple[int, ...]]:
     """The mask for the kernel, its kind, and its strides with 0 where it is broadcast."""
     if mask is None:
         return None, 0, (0, 0, 0, 0)
-    kind = 1 if mask.dtype == torch.bool else 2
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return (mask.view(torch.uint8) if kind == 1 else mask), kind, strides
-
-
-def _section(key_len: int, bytes_per_key: int, group: int) -> int:
-    """How many neighbouring query heads have keys and values that fit in the L2 cache together."""
-    return group * max(1, L2_BYTES // (key_len * bytes_per_key))
+    strides = tuple(
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), 1, strides
+    return mask, 2, strides
 
 
 def _with_last(descale: Tensor) -> tuple[int, int, int]:

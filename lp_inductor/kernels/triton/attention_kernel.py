@@ -25,6 +25,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+#: What the keys and values of one section of heads may take of the L2 cache.
+L2_BYTES = tl.constexpr(32 * 2**20)
+
 #: What the mask tensor is, the constexpr MASK of the kernel.
 NO_MASK, BOOL_MASK, BIAS_MASK = 0, 1, 2
 
@@ -158,9 +161,7 @@ def _attend(
     natural = tl.arange(0, BLOCK_N)
     k_offsets = order[:, None] * stride_kn + dims0[None, :]
     v_offsets = dims_v0[:, None] * stride_vd + natural[None, :]
-    first_key, last_key = _key_bounds(
-        rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK
-    )
+    first_key, last_key = _key_bounds(rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK)
     # The rows of the values are padded with zeros to whole vectors of 16.
     padded_len = tl.multiple_of(tl.cdiv(key_len, 16) * 16, 16)
     for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
@@ -202,10 +203,7 @@ def _attend(
             base = tl.where(new_max == float("-inf"), 0.0, new_max)
         alpha = tl.exp2(row_max - base)
         shift = (base - LOG2_P_SCALE)[:, None]
-        if PRESCALE:
-            p = tl.exp2(s - shift)
-        else:
-            p = tl.exp2(s * scale_2d - shift)
+        p = tl.exp2(s - shift) if PRESCALE else tl.exp2(s * scale_2d - shift)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
 
@@ -314,7 +312,16 @@ def _store_output(
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+#: Arguments whose value must not give rise to another compiled kernel.
+_ANY_VALUE = [
+    "stride_lb", "stride_lh", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
+    "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
+    "stride_vmd", "stride_mb", "stride_mh",
+    "heads", "query_len", "key_len", "scale", "lower", "upper", "chunk",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr,
     q_descale_ptr, k_descale_ptr, v_descale_ptr, v_mean_ptr,
@@ -328,7 +335,7 @@ def attention_forward(
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsd,
     stride_vmb, stride_vmh, stride_vmd,
-    heads, section, query_len, key_len, scale, lower, upper, chunk,
+    heads, query_len, key_len, scale, lower, upper, chunk,
     GROUP: tl.constexpr, Q_SCALE_GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
@@ -344,6 +351,14 @@ def attention_forward(
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
     query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query.
     """
+    # Sizes that a compiler knows may arrive as constants, and bounds as 64-bit integers.
+    query_len = tl.cast(query_len, tl.int32)
+    key_len = tl.cast(key_len, tl.int32)
+    upper = tl.minimum(tl.cast(upper, tl.int64), key_len).to(tl.int32)
+    lower = tl.maximum(tl.cast(lower, tl.int64), -query_len).to(tl.int32)
+    chunk = tl.minimum(tl.cast(chunk, tl.int64), query_len + key_len).to(tl.int32)
+    cached_keys = tl.full((), L2_BYTES // (D + DV), tl.int32)
+    section = GROUP * tl.maximum(cached_keys // key_len, 1)
     tile, head, batch = _schedule(
         tl.program_id(0), tl.cdiv(query_len, BLOCK_M), heads, tl.num_programs(0), section, UPPER
     )
@@ -415,11 +430,13 @@ def attention_forward(
     out_ptr += batch * stride_ob + head * stride_oh
     v_mean_ptr += batch * stride_vmb + kv_head * stride_vmh
     _store_output(
-        acc0, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+        acc0, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr,
+        stride_om, stride_vsd, stride_vmd,
         rows, query_len, 0, DV0, DV, V_PER_CHANNEL, HAS_MEAN,
     )  # fmt: skip
     if DV1 > 0:
         _store_output(
-            acc1, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+            acc1, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr,
+            stride_om, stride_vsd, stride_vmd,
             rows, query_len, DV0, DV1, DV, V_PER_CHANNEL, HAS_MEAN,
         )  # fmt: skip

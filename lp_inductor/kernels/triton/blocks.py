@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one program is cut: queries, keys per step, warps, and tiles in flight."""
+    """How one program is cut: queries, keys per step, warps, and tiles in flight.
+
+    ``two_level``: the products of the tiles are added in float32 registers. Otherwise the matrix
+    unit adds them, which keeps fewer bits and needs fewer registers: with 256 lanes there are not
+    enough for both.
+    """
 
     queries: int = 64
     keys: int = 128
@@ -34,10 +41,26 @@ def split_dim(dim: int, least: int = 32) -> tuple[int, int]:
     return larger, smaller
 
 
-def choose_blocks(head_dim: int, value_head_dim: int, interpreted: bool = False) -> Blocks:
-    """The tile sizes for a head size."""
-    if interpreted:
+def choose_blocks(
+    head_dim: int, value_head_dim: int, mask: Tensor | None, shared_memory: int
+) -> Blocks:
+    """The tile sizes, as measured best on an H200; smaller where shared memory is.
+
+    Args:
+        head_dim, value_head_dim: up to 256.
+        mask: the mask tensor, of which tiles are kept in shared memory where it varies over
+            queries.
+        shared_memory: bytes that one program may use; 0: Triton's interpreter runs the kernel.
+    """
+    if shared_memory == 0:
         return Blocks(32, 32, 4, 1)
+    per_row_mask = mask is not None and mask.shape[2] != 1
+    mask_bytes = mask.element_size() if mask is not None and per_row_mask else 0
+    small = shared_memory < 200 * 1024
     if max(head_dim, value_head_dim) > 128:
-        return Blocks(128, 64, 8, 2)
-    return Blocks()
+        if small or mask_bytes > 2:
+            return Blocks(64, 64, 4, 2, two_level=False)
+        return Blocks(128, 64 if mask_bytes else 128, 8, 2, two_level=False)
+    if mask_bytes > 2:
+        return Blocks(64, 64, 4, 2)
+    return Blocks(64, 128, 4, 2 if small or mask_bytes else 3)
