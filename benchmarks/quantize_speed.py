@@ -51,11 +51,11 @@ def measure(dim: int, tokens: int, copy: float) -> list[dict[str, Any]]:
         ms = gpu.graph_ms(run)
         moved = 2 * (x.nbytes + tables) + x.numel()
         floor = x.nbytes + tables + x.numel()
-        rows.append({
-            "dim": dim, "tokens": tokens, "what": name, "us": round(ms * 1e3, 1),
-            "moved GB/s": round(moved / ms / 1e6), "moved of copy": round(moved / ms / 1e6 / copy, 3),
-            "floor GB/s": round(floor / ms / 1e6), "floor of copy": round(floor / ms / 1e6 / copy, 3),
-        })  # fmt: skip
+        row = {"dim": dim, "tokens": tokens, "what": name, "us": round(ms * 1e3, 1)}
+        for kind, traffic in (("moved", moved), ("floor", floor)):
+            row[f"{kind} GB/s"] = round(traffic / ms / 1e6)
+            row[f"{kind} of copy"] = round(traffic / ms / 1e6 / copy, 3)
+        rows.append(row)
     return rows
 
 

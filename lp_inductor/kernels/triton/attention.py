@@ -116,9 +116,9 @@ def attention_triton(
         default if bound is None else bound
         for bound, default in ((visible.lower, 0), (visible.upper, 0), (visible.chunk, 1))
     )
-    from lp_inductor.kernels.triton.launch import launch_attention
+    from lp_inductor.kernels.triton import launch
 
-    launch_attention(
+    launch.attention_forward(
         (-(-query_len // blocks.queries) * heads * batch,),
         query, key, value_t, out, _or(lse, query), _or(mask, query),
         q_descale, k_descale, v_descale, _or(v_mean, v_descale),

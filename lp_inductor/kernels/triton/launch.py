@@ -1,41 +1,32 @@
 """The one place that starts Triton kernels, so that they can also be traced into a graph.
 
 This module and the kernels import Triton; the rest of the package imports it where a kernel runs.
+Each function takes the grid, the arguments of its kernel, and by name its constants and options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton import JITFunction
 
 from lp_inductor.kernels.triton import attention_kernel, quantize_kernel
 
 
-def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
-    """Start ``kernel``; inside a ``torch.library.triton_op`` that is traced, record the call."""
-    from triton import JITFunction
+def _starter(kernel: Any) -> Callable[..., None]:
+    def start(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
+        # Inside a torch.library.triton_op that is traced, the call is recorded.
+        wrapped = torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+        wrapped[grid](*args, **constants)
 
-    if isinstance(kernel, JITFunction):
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*args, **constants)
-
-
-def launch_attention(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
-    """Start the attention kernel."""
-    launch(attention_kernel.attention_forward, grid, *args, **constants)
+    return start
 
 
-def launch_statistics(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
-    """Start the first pass of a quantisation."""
-    launch(quantize_kernel.head_statistics, grid, *args, **constants)
-
-
-def launch_finish(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
-    """Start what lies between the passes of a centred quantisation."""
-    launch(quantize_kernel.finish_statistics, grid, *args, **constants)
-
-
-def launch_quantize(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
-    """Start the second pass of a quantisation."""
-    launch(quantize_kernel.quantize_tokens, grid, *args, **constants)
+attention_forward = _starter(attention_kernel.attention_forward)
+head_statistics = _starter(quantize_kernel.head_statistics)
+finish_statistics = _starter(quantize_kernel.finish_statistics)
+finish_mean = _starter(quantize_kernel.finish_mean)
+quantize_tokens = _starter(quantize_kernel.quantize_tokens)
+quantize_transposed = _starter(quantize_kernel.quantize_transposed)

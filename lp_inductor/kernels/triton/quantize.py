@@ -39,11 +39,17 @@ class Rope:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How the tokens of a tensor are cut: tokens a tile, heads a program, warps."""
+    """How a tensor is cut: heads and tokens a tile, tiles a program, warps."""
 
-    tokens: int
     heads: int
+    tokens: int
+    steps: int
     warps: int
+
+    @property
+    def span(self) -> int:
+        """Tokens of one program."""
+        return self.tokens * self.steps
 
 
 def quantize_triton(
@@ -71,7 +77,23 @@ def quantize_triton(
     row = -(-dim // ROW_BYTES) * ROW_BYTES
     out = x.new_empty((batch, tokens, heads, row), dtype=FP8)[..., :dim].transpose(1, 2)
     descale = x.new_empty((batch, heads // group_size), dtype=torch.float32)
-    _quantize(x, rope, out, out.stride(), descale, None, group_size, center, False)
+    if x.numel() == 0:
+        return out, descale.fill_(1.0)
+    tiles = _choose_tiles(heads, dim, rope is not None)
+    spans = -(-tokens // tiles.span)
+    tables, constants = _rope_arguments(rope, x)
+    partial = _statistics(x, tables, constants, tiles, spans, center)
+    mean = partial
+    if center:
+        mean = x.new_empty((batch, heads, dim), dtype=torch.float32)
+        _finish(launch_module().finish_statistics, partial, mean, descale, tokens)
+    launch_module().quantize_tokens(
+        (spans, heads // tiles.heads, batch),
+        x, *tables[:2], out, partial, mean, descale, *x.stride(), *tables[2:], *out.stride()[:3],
+        heads, tokens, spans,
+        **_shape_constants(x, tiles), **constants, CENTER=center, GROUP=group_size,
+        INTERPRET=interpreted(), num_warps=tiles.warps,
+    )  # fmt: skip
     return out, descale
 
 
@@ -91,65 +113,82 @@ def quantize_value_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = storage.transpose(2, 3)[:, :, :tokens]
     descale = x.new_empty((batch, heads), dtype=torch.float32)
     mean = x.new_empty((batch, heads, 1, dim), dtype=torch.float32)
-    _quantize(x, None, storage, storage.transpose(2, 3).stride(), descale, mean, 1, True, True)
+    if x.numel() == 0:
+        return out, descale.fill_(1.0), mean.zero_()
+    tiles = _choose_tiles(heads, dim, False)
+    tables, constants = _rope_arguments(None, x)
+    spans = -(-tokens // tiles.span)
+    partial = _statistics(x, tables, constants, tiles, spans, True)
+    _finish(launch_module().finish_statistics, partial, mean, descale, tokens)
+
+    tile = 32 if interpreted() else 128 if dim <= 128 else 64
+    spans = -(-tokens // tile)
+    lanes = _lanes(dim)
+    lost = x.new_empty((batch, heads, spans, lanes), dtype=torch.float32)
+    launch_module().quantize_transposed(
+        (spans, heads, batch), x, storage, lost, mean, descale, *x.stride(), storage.stride(2),
+        heads, tokens, spans, storage.shape[3],
+        D=dim, DP=lanes, TILE=tile, INTERPRET=interpreted(), num_warps=8,
+    )  # fmt: skip
+    _finish(launch_module().finish_mean, lost, mean, descale, tokens)
     return out, descale, mean
 
 
-def _choose_tiles(batch: int, heads: int, tokens: int, dim: int, rotated: bool) -> _Tiles:
-    if interpreted():
-        return _Tiles(32, 2, 4)
-    tile = 64 if rotated or dim > 128 else 128
-    if dim > 128 and rotated:
-        tile = 32
-    # Heads in turn share the tables in the cache, while enough programs remain to fill the card.
-    per_program = 4 if rotated and batch * heads * tokens >= 4096 * tile else 1
-    return _Tiles(tile, per_program, 8)
-
-
-def _quantize(
-    x: Tensor,
-    rope: Rope | None,
-    out: Tensor,
-    out_strides: tuple[int, ...],
-    descale: Tensor,
-    mean: Tensor | None,
-    group_size: int,
-    center: bool,
-    transpose: bool,
-) -> None:
+def launch_module() -> Any:
+    """The module that imports Triton."""
     from lp_inductor.kernels.triton import launch
 
-    batch, heads, tokens, dim = x.shape
-    if x.numel() == 0:
-        descale.fill_(1.0)
-        return
-    lanes = max(16, 1 << (dim - 1).bit_length())
-    tiles = _choose_tiles(batch, heads, tokens, dim, rope is not None)
-    count = -(-tokens // tiles.tokens)
-    grid = (count, -(-heads // tiles.heads), batch)
-    shape = (batch, heads, count, 3, lanes) if center else (batch, heads, count)
-    partial = x.new_empty(shape, dtype=torch.float32)
-    tables, constants = _rope_arguments(rope, x)
-    constants |= {
-        "D": dim, "DP": lanes, "TILE": tiles.tokens, "HEADS_PER_PROGRAM": tiles.heads,
-        "CENTER": center, "num_warps": tiles.warps,
+    return launch
+
+
+def _lanes(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _choose_tiles(heads: int, dim: int, rotated: bool) -> _Tiles:
+    """About 16 numbers a thread; where there are tables, heads that read them together."""
+    if interpreted():
+        return _Tiles(2 if heads % 2 == 0 else 1, 16, 2, 4)
+    together = 4 if rotated else 1
+    while heads % together:
+        together //= 2
+    return _Tiles(together, max(4, 4096 // (_lanes(dim) * together)), 8, 8)
+
+
+def _shape_constants(x: Tensor, tiles: _Tiles) -> dict[str, Any]:
+    return {
+        "D": x.shape[3], "DP": _lanes(x.shape[3]), "HEADS": tiles.heads, "TILE": tiles.tokens,
+        "STEPS": tiles.steps,
     }  # fmt: skip
-    strides = (*x.stride(), *(tables[2:]))
-    launch.launch_statistics(
-        grid,
-        x, *tables[:2], partial, *strides, heads, tokens, count, **constants,
+
+
+def _statistics(
+    x: Tensor,
+    tables: tuple[Any, ...],
+    constants: dict[str, Any],
+    tiles: _Tiles,
+    spans: int,
+    center: bool,
+) -> Tensor:
+    """The first pass: what each span of tokens adds."""
+    batch, heads, tokens, dim = x.shape
+    shape = (batch, heads, spans, 3, _lanes(dim)) if center else (batch, heads, spans)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    launch_module().head_statistics(
+        (spans, heads // tiles.heads, batch),
+        x, *tables[:2], partial, *x.stride(), *tables[2:], heads, tokens, spans,
+        **_shape_constants(x, tiles), **constants, CENTER=center, num_warps=tiles.warps,
     )  # fmt: skip
-    if center:
-        mean = mean if mean is not None else x.new_empty((batch, heads, dim), dtype=torch.float32)
-        launch.launch_finish(
-            (batch * heads,),
-            partial, mean, descale, tokens, count, D=dim, DP=lanes, CHUNK=32, num_warps=8,
-        )  # fmt: skip
-    launch.launch_quantize(
-        grid,
-        x, *tables[:2], out, partial, mean if mean is not None else partial, descale,
-        *strides, *out_strides, heads, tokens, padded_len(tokens), count,
-        GROUP=group_size, TRANSPOSE=transpose, INTERPRET=interpreted(), **constants,
+    return partial
+
+
+def _finish(kernel: Any, partial: Tensor, mean: Tensor, descale: Tensor, tokens: int) -> None:
+    """Sum up what the spans of each head wrote."""
+    lanes = partial.shape[-1]
+    kernel(
+        (partial.shape[0] * partial.shape[1],),
+        partial, mean, descale, tokens, partial.shape[2],
+        D=mean.shape[-1], DP=lanes, CHUNK=max(8, 4096 // lanes), num_warps=8,
     )  # fmt: skip
 
 
