@@ -61,23 +61,32 @@ def test_logsumexp() -> None:
 
 @needs_interpreter
 def test_finer_scales() -> None:
-    """A scale per row of the query, per block of keys and per channel of the value."""
+    """A scale per row of the query, per block of keys, per channel or block of the value."""
     from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
 
     query, key, value = (torch.randn(1, h, 70, 64) for h in (4, 2, 2))
     q_scale = torch.rand(1, 4, 70) + 0.5
     k_scale = torch.rand(1, 2, 3) + 0.5
-    v_scale = torch.rand(1, 2, 64) + 0.5
+    v_scale = torch.rand(1, 2, 1, 64) + 0.5
     q8, k8, v8 = (t.to(torch.float8_e4m3fn) for t in (query, key, value))
     got, _ = attention_triton(
         q8, k8, transpose_value(v8), q_scale, k_scale, v_scale,
-        visible=Visibility(upper=0), out_dtype=torch.float32, k_block=32,
+        visible=Visibility(upper=0), out_dtype=torch.float32, key_block=32,
     )  # fmt: skip
     key_scale = k_scale.repeat_interleave(32, dim=2)[:, :, :70, None]
     want = torch.nn.functional.scaled_dot_product_attention(
-        q8.float() * q_scale[..., None], k8.float() * key_scale, v8.float() * v_scale[:, :, None],
+        q8.float() * q_scale[..., None], k8.float() * key_scale, v8.float() * v_scale,
         is_causal=True, enable_gqa=True,
     )  # fmt: skip
+    by_block, _ = attention_triton(
+        q8, k8, transpose_value(v8), q_scale, k_scale, 1 / k_scale,
+        visible=Visibility(upper=0), out_dtype=torch.float32, key_block=32,
+    )  # fmt: skip
+    want_by_block = torch.nn.functional.scaled_dot_product_attention(
+        q8.float() * q_scale[..., None], k8.float() * key_scale, v8.float() / key_scale,
+        is_causal=True, enable_gqa=True,
+    )  # fmt: skip
+    assert sqnr(by_block, want_by_block) > MIN_DB - 7
     # Values with no mean are a smaller result beside the same rounding of the probabilities.
     assert sqnr(got, want) > MIN_DB - 7
 
@@ -121,10 +130,10 @@ def test_key_blocks_are_whole_tiles() -> None:
     from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
 
     o = operands(Case("k-block", 40, 40), CPU)
-    with pytest.raises(ValueError, match="k_block 20 is not a multiple"):
+    with pytest.raises(ValueError, match="key_block 20 is not a multiple"):
         attention_triton(
             o.query, o.key, transpose_value(o.value), o.q_descale, torch.ones(1, 2, 2),
-            o.v_descale, k_block=20,
+            o.v_descale, key_block=20,
         )  # fmt: skip
 
 

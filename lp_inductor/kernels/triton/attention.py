@@ -63,7 +63,7 @@ def attention_triton(
     visible: Visibility | None = None,
     scale: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    k_block: int = 0,
+    key_block: int = 0,
     blocks: Blocks | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,15 +75,16 @@ def attention_triton(
         value_t: (batch, kv_heads, value_head_dim, padded key_tokens), float8_e4m3fn, as
             :func:`transpose_value` and the quantisation kernel make it.
         q_descale: float32, (batch, kv_heads), or (batch, heads, query_tokens): one a row.
-        k_descale: float32, (batch, kv_heads), or (batch, kv_heads, key blocks): one for each
-            ``k_block`` keys.
-        v_descale: float32, (batch, kv_heads), or (batch, kv_heads, value_head_dim): one a channel.
+        k_descale: float32, (batch, kv_heads), or (batch, kv_heads, blocks): one for each
+            ``key_block`` keys.
+        v_descale: float32, (batch, kv_heads), or (batch, kv_heads, 1, value_head_dim): one a
+            channel, or (batch, kv_heads, blocks): one for each ``key_block`` keys.
         v_mean: (batch, kv_heads, 1, value_head_dim), float32: added to the result of every query
             that sees a key.
         visible: which keys each query sees; None: all.
         scale: of the scores; None: head_dim ** -0.5.
         out_dtype: bfloat16, float16 or float32.
-        k_block: see ``k_descale``; a multiple of the kernel's tile of keys.
+        key_block: see ``k_descale`` and ``v_descale``; a multiple of the kernel's tile of keys.
         blocks: the kernel's tiles; None: as measured best.
         return_lse: also return the logarithm of the sum of the exponentials of every row.
 
@@ -98,8 +99,11 @@ def attention_triton(
     scale = head_dim**-0.5 if scale is None else float(scale)
     if blocks is None:
         blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
-    if k_block % blocks.keys:
-        raise ValueError(f"k_block {k_block} is not a multiple of the {blocks.keys} keys of a tile")
+    per_block = 3 in (k_descale.dim(), v_descale.dim())
+    if key_block % blocks.keys or (per_block and not key_block):
+        raise ValueError(
+            f"key_block {key_block} is not a multiple of the {blocks.keys} keys of a tile"
+        )
     out = query.new_empty((batch, query_len, heads, dim_v), dtype=out_dtype).transpose(1, 2)
     lse = query.new_empty((batch, heads, query_len), dtype=torch.float32) if return_lse else None
     if out.numel() == 0:
@@ -132,8 +136,9 @@ def attention_triton(
         LOWER=visible.lower is not None, UPPER=visible.upper is not None,
         CHUNK=visible.chunk is not None,
         MASK=mask_kind, MASK_PER_ROW=mask_strides[2] != 0,
-        Q_PER_ROW=q_descale.dim() == 3, K_BLOCK=k_block if k_descale.dim() == 3 else 0,
-        V_PER_CHANNEL=v_descale.dim() == 3, HAS_MEAN=v_mean is not None,
+        Q_PER_ROW=q_descale.dim() == 3, K_BLOCK=key_block if k_descale.dim() == 3 else 0,
+        V_PER_CHANNEL=v_descale.dim() == 4,
+        V_BLOCK=key_block if v_descale.dim() == 3 else 0, HAS_MEAN=v_mean is not None,
         HAS_LSE=lse is not None, PRESCALE=mask_kind == 2 or scale <= 0.0,
         TWO_LEVEL=blocks.two_level, NUM_STAGES=blocks.stages, INTERPRET=interpreted(),
         num_warps=blocks.warps,
@@ -159,7 +164,7 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, int, tuple[int,
 
 
 def _with_last(descale: Tensor) -> tuple[int, int, int]:
-    return descale.stride(0), descale.stride(1), descale.stride(2) if descale.dim() == 3 else 0
+    return descale.stride(0), descale.stride(1), descale.stride(-1) if descale.dim() > 2 else 0
 
 
 def _q_descale_strides(q_descale: Tensor, group: int) -> tuple[tuple[int, int, int], int]:

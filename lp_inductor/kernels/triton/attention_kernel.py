@@ -142,16 +142,17 @@ def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc0, acc1, row_sum, row_max, q0, q1, qk_scale,
-    k_ptr, v_ptr, mask_ptr, k_descale_ptr,
-    stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
+    acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+    k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
+    stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
     rows, query_len, key_len, lower, upper, chunk, start, end,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr, Q_PER_ROW: tl.constexpr,
-    K_BLOCK: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
+    K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, PRESCALE: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [start, end) to the sums; EDGE: positions may hide some of them."""
@@ -206,6 +207,10 @@ def _attend(
         p = tl.exp2(s - shift) if PRESCALE else tl.exp2(s * scale_2d - shift)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
+        if V_BLOCK > 0:  # the sums are kept in units of the scale of the last values
+            next_scale = tl.load(v_descale_ptr + (first // V_BLOCK) * stride_vsd)
+            alpha = alpha * (v_scale / next_scale)
+            v_scale = next_scale
 
         p8 = _to_key_order(round_to_fp8(p, INTERPRET), BLOCK_M, BLOCK_N)
         keys_valid_v = (first + natural < padded_len)[None, :]
@@ -217,7 +222,7 @@ def _attend(
             v1_pointers = v_tile + dims_v1[:, None] * stride_vd + natural[None, :]
             v1 = _load(v1_pointers, keys_valid_v, (dims_v1 < DV)[:, None], EDGE, DV0 + DV1 > DV)
             acc1 = _accumulate(acc1, alpha, p8, tl.trans(v1), TWO_LEVEL)
-    return acc0, acc1, row_sum, row_max
+    return acc0, acc1, row_sum, row_max, v_scale
 
 
 @triton.jit
@@ -288,7 +293,7 @@ def _load_query(
 
 @triton.jit
 def _store_output(
-    acc, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
+    acc, row_sum, out_ptr, v_scale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
     rows, query_len, FIRST: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr,
     V_PER_CHANNEL: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -301,7 +306,7 @@ def _store_output(
         descale = tl.load(v_descale_ptr + dims * stride_vsd, mask=dims_valid, other=0.0)
         out = acc * inverse[:, None] * descale[None, :]
     else:
-        out = acc * (inverse * v_descale)[:, None]
+        out = acc * (inverse * v_scale)[:, None]
     if HAS_MEAN:
         mean = tl.load(v_mean_ptr + dims * stride_vmd, mask=dims_valid, other=0.0)
         out += mean[None, :]
@@ -342,7 +347,8 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr,
-    Q_PER_ROW: tl.constexpr, K_BLOCK: tl.constexpr, V_PER_CHANNEL: tl.constexpr,
+    Q_PER_ROW: tl.constexpr, K_BLOCK: tl.constexpr,
+    V_PER_CHANNEL: tl.constexpr, V_BLOCK: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -378,9 +384,9 @@ def attention_forward(
         q_descale = tl.load(q_descale_ptr)
     qk_scale = q_descale * (tl.cast(scale, tl.float32) * LOG2_E)
     v_descale_ptr += batch * stride_vsb + kv_head * stride_vsh
-    v_descale = 1.0
-    if not V_PER_CHANNEL:
-        v_descale = tl.load(v_descale_ptr)
+    v_scale = tl.full((), 1.0, tl.float32)
+    if not V_PER_CHANNEL and V_BLOCK == 0:
+        v_scale = tl.load(v_descale_ptr)
     if K_BLOCK == 0:
         qk_scale = qk_scale * tl.load(k_descale_ptr)
 
@@ -399,27 +405,33 @@ def attention_forward(
         row0, query_len, key_len, lower, upper, chunk, BLOCK_M, BLOCK_N, LOWER, UPPER, CHUNK
     )
     if LOWER or CHUNK:
-        acc0, acc1, row_sum, row_max = _attend(
-            acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
-            stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
+        acc0, acc1, row_sum, row_max, v_scale = _attend(
+            acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+            k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
+            stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
             rows, query_len, key_len, lower, upper, chunk, start, tl.minimum(full_start, end),
             D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, True, LOWER, UPPER, CHUNK,
-            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
+            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, V_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES,
+            INTERPRET,
         )  # fmt: skip
-    acc0, acc1, row_sum, row_max = _attend(
-        acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
-        stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
+    acc0, acc1, row_sum, row_max, v_scale = _attend(
+        acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+        k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
+        stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
         rows, query_len, key_len, lower, upper, chunk, full_start, full_end,
         D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, False, LOWER, UPPER, CHUNK,
-        MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
+        MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, V_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES,
+        INTERPRET,
     )  # fmt: skip
     if full_end < end:
-        acc0, acc1, row_sum, row_max = _attend(
-            acc0, acc1, row_sum, row_max, q0, q1, qk_scale, k_ptr, v_ptr, mask_ptr, k_descale_ptr,
-            stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn,
+        acc0, acc1, row_sum, row_max, v_scale = _attend(
+            acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+            k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
+            stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
             rows, query_len, key_len, lower, upper, chunk, full_end, end,
             D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N, True, LOWER, UPPER, CHUNK,
-            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES, INTERPRET,
+            MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, V_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES,
+            INTERPRET,
         )  # fmt: skip
 
     if HAS_LSE:
@@ -430,13 +442,13 @@ def attention_forward(
     out_ptr += batch * stride_ob + head * stride_oh
     v_mean_ptr += batch * stride_vmb + kv_head * stride_vmh
     _store_output(
-        acc0, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr,
+        acc0, row_sum, out_ptr, v_scale, v_descale_ptr, v_mean_ptr,
         stride_om, stride_vsd, stride_vmd,
         rows, query_len, 0, DV0, DV, V_PER_CHANNEL, HAS_MEAN,
     )  # fmt: skip
     if DV1 > 0:
         _store_output(
-            acc1, row_sum, out_ptr, v_descale, v_descale_ptr, v_mean_ptr,
+            acc1, row_sum, out_ptr, v_scale, v_descale_ptr, v_mean_ptr,
             stride_om, stride_vsd, stride_vmd,
             rows, query_len, DV0, DV1, DV, V_PER_CHANNEL, HAS_MEAN,
         )  # fmt: skip

@@ -30,6 +30,11 @@ class Rope:
     start: int
     width: int
 
+    @property
+    def per_head(self) -> bool:
+        """Whether heads are rotated differently."""
+        return any(t.dim() == 4 and t.shape[1] != 1 for t in (self.cos, self.sin))
+
     def strides(self, table: Tensor) -> tuple[int, int, int, int]:
         """Strides over batch, heads, tokens and lanes; 0 where the table does not vary."""
         table = table.unsqueeze(1) if table.dim() == 3 else table
@@ -81,7 +86,7 @@ def quantize_triton(
         return out, descale.fill_(1.0)
     tiles = _choose_tiles(heads, dim, rope is not None)
     spans = -(-tokens // tiles.span)
-    tables, constants = _rope_arguments(rope, x)
+    tables, constants = rope_arguments(rope, x)
     partial = _statistics(x, tables, constants, tiles, spans, center)
     mean = partial
     if center:
@@ -116,14 +121,14 @@ def quantize_value_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return out, descale.fill_(1.0), mean.zero_()
     tiles = _choose_tiles(heads, dim, False)
-    tables, constants = _rope_arguments(None, x)
+    tables, constants = rope_arguments(None, x)
     spans = -(-tokens // tiles.span)
     partial = _statistics(x, tables, constants, tiles, spans, True)
     _finish(launch_module().finish_statistics, partial, mean, descale, tokens)
 
     tile = 32 if interpreted() else 128 if dim <= 128 else 64
     spans = -(-tokens // tile)
-    lanes = _lanes(dim)
+    lanes = padded_lanes(dim)
     lost = x.new_empty((batch, heads, spans, lanes), dtype=torch.float32)
     launch_module().quantize_transposed(
         (spans, heads, batch), x, storage, lost, mean, descale, *x.stride(), storage.stride(2),
@@ -141,7 +146,8 @@ def launch_module() -> Any:
     return launch
 
 
-def _lanes(dim: int) -> int:
+def padded_lanes(dim: int) -> int:
+    """Lanes of a tile: a power of two that holds the head size."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -152,12 +158,12 @@ def _choose_tiles(heads: int, dim: int, rotated: bool) -> _Tiles:
     together = 4 if rotated else 1
     while heads % together:
         together //= 2
-    return _Tiles(together, max(4, 4096 // (_lanes(dim) * together)), 8, 8)
+    return _Tiles(together, max(4, 4096 // (padded_lanes(dim) * together)), 8, 8)
 
 
 def _shape_constants(x: Tensor, tiles: _Tiles) -> dict[str, Any]:
     return {
-        "D": x.shape[3], "DP": _lanes(x.shape[3]), "HEADS": tiles.heads, "TILE": tiles.tokens,
+        "D": x.shape[3], "DP": padded_lanes(x.shape[3]), "HEADS": tiles.heads, "TILE": tiles.tokens,
         "STEPS": tiles.steps,
     }  # fmt: skip
 
@@ -172,7 +178,7 @@ def _statistics(
 ) -> Tensor:
     """The first pass: what each span of tokens adds."""
     batch, heads, tokens, dim = x.shape
-    shape = (batch, heads, spans, 3, _lanes(dim)) if center else (batch, heads, spans)
+    shape = (batch, heads, spans, 3, padded_lanes(dim)) if center else (batch, heads, spans)
     partial = x.new_empty(shape, dtype=torch.float32)
     launch_module().head_statistics(
         (spans, heads // tiles.heads, batch),
@@ -192,7 +198,7 @@ def _finish(kernel: Any, partial: Tensor, mean: Tensor, descale: Tensor, tokens:
     )  # fmt: skip
 
 
-def _rope_arguments(rope: Rope | None, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def rope_arguments(rope: Rope | None, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tables and their strides, and the constants of the kernels that describe the rotation."""
     if rope is None:
         return (x, x, *((0,) * 8)), {"ROPE": 0, "START": 0, "WIDTH": 2, "TABLE": 2}
