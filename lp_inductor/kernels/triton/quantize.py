@@ -93,7 +93,7 @@ def quantize_triton(
         mean = x.new_empty((batch, heads, dim), dtype=torch.float32)
         _finish(launch_module().finish_statistics, partial, mean, descale, tokens)
     launch_module().quantize_tokens(
-        (spans, heads // tiles.heads, batch),
+        grid_of(x, spans, heads // tiles.heads),
         x, *tables[:2], out, partial, mean, descale, *x.stride(), *tables[2:], *out.stride()[:3],
         heads, tokens, spans,
         **_shape_constants(x, tiles), **constants, CENTER=center, GROUP=group_size,
@@ -131,9 +131,11 @@ def quantize_value_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lanes = padded_lanes(dim)
     lost = x.new_empty((batch, heads, spans, lanes), dtype=torch.float32)
     launch_module().quantize_transposed(
-        (spans, heads, batch), x, storage, lost, mean, descale, *x.stride(), storage.stride(2),
+        grid_of(x, spans, heads), x, storage, lost, mean, descale, *x.stride(), storage.stride(2),
         heads, tokens, spans, storage.shape[3],
-        D=dim, DP=lanes, TILE=tile, INTERPRET=interpreted(), num_warps=8,
+        D=dim, DP=lanes, TILE=tile, HEADS_FIRST=heads_first(x), INTERPRET=interpreted(),
+        # With 8 warps Triton 3.6 sums the columns of a tile of 256 lanes wrongly.
+        num_warps=8 if dim <= 128 else 4,
     )  # fmt: skip
     _finish(launch_module().finish_mean, lost, mean, descale, tokens)
     return out, descale, mean
@@ -161,10 +163,20 @@ def _choose_tiles(heads: int, dim: int, rotated: bool) -> _Tiles:
     return _Tiles(together, max(4, 4096 // (padded_lanes(dim) * together)), 8, 8)
 
 
+def heads_first(x: Tensor) -> bool:
+    """Whether the heads of a token lie closer together than the tokens of a head."""
+    return x.stride(1) < x.stride(2)
+
+
+def grid_of(x: Tensor, tiles: int, groups: int) -> tuple[int, int, int]:
+    """The grid for tiles of tokens and groups of heads, in the order of memory."""
+    return (groups, tiles, x.shape[0]) if heads_first(x) else (tiles, groups, x.shape[0])
+
+
 def _shape_constants(x: Tensor, tiles: _Tiles) -> dict[str, Any]:
     return {
         "D": x.shape[3], "DP": padded_lanes(x.shape[3]), "HEADS": tiles.heads, "TILE": tiles.tokens,
-        "STEPS": tiles.steps,
+        "STEPS": tiles.steps, "HEADS_FIRST": heads_first(x),
     }  # fmt: skip
 
 
@@ -181,7 +193,7 @@ def _statistics(
     shape = (batch, heads, spans, 3, padded_lanes(dim)) if center else (batch, heads, spans)
     partial = x.new_empty(shape, dtype=torch.float32)
     launch_module().head_statistics(
-        (spans, heads // tiles.heads, batch),
+        grid_of(x, spans, heads // tiles.heads),
         x, *tables[:2], partial, *x.stride(), *tables[2:], heads, tokens, spans,
         **_shape_constants(x, tiles), **constants, CENTER=center, num_warps=tiles.warps,
     )  # fmt: skip

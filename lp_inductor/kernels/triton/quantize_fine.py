@@ -12,6 +12,8 @@ from lp_inductor.kernels.triton.attention import FP8, interpreted, padded_len
 from lp_inductor.kernels.triton.quantize import (
     ROW_BYTES,
     Rope,
+    grid_of,
+    heads_first,
     launch_module,
     padded_lanes,
     rope_arguments,
@@ -169,9 +171,9 @@ def _quantize(
     tables, constants = rope_arguments(rope, x)
     arguments: tuple[Any, ...] = (x, *tables[:2], x if mean is None else mean, out, descale)
     launch_module().quantize_once(
-        (blocks, heads // cut.heads, batch), *arguments,
+        grid_of(x, blocks, heads // cut.heads), *arguments,
         *x.stride(), *tables[2:], *out_strides, heads, tokens, blocks, padded_len(tokens),
-        D=dim, DP=lanes, TILE=tile, HEADS=cut.heads, **constants,
+        D=dim, DP=lanes, TILE=tile, HEADS=cut.heads, HEADS_FIRST=heads_first(x), **constants,
         TABLE_PER_HEAD=rope is not None and rope.per_head, CENTER=mean is not None,
         HADAMARD=hadamard, ROWS=rows,
         TRANSPOSE=transpose, NUM_STAGES=cut.stages, INTERPRET=interpreted(), num_warps=cut.warps,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from lp_inductor.kernels.triton.attention_kernel import round_to_fp8
+from lp_inductor.kernels.triton.quantize_kernel import tile_and_heads
 
 FP8_MAX = tl.constexpr(448.0)
 
@@ -133,23 +134,23 @@ def quantize_once(
     stride_ob, stride_oh, stride_os,
     heads, tokens, blocks, padded_tokens,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     TABLE_PER_HEAD: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr,
     ROWS: tl.constexpr, TRANSPOSE: tl.constexpr, NUM_STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Rotate, centre and round TILE tokens of some heads; grid (blocks, heads / HEADS, batch).
+    """Rotate, centre and round TILE tokens of some heads; grid of blocks and heads / HEADS.
 
     ``descale_ptr``: (batch, heads, tokens) with ROWS, otherwise (batch, heads, blocks). With
     TRANSPOSE ``out_ptr`` is (batch, heads, D, padded_tokens), ``stride_os`` the stride of D, and
     there are zeros behind the last token.
     """
-    block = tl.program_id(0)
+    block, group = tile_and_heads(HEADS_FIRST)
     batch = tl.program_id(2).to(tl.int64)
     tokens_mine = block * TILE + tl.arange(0, TILE)
     exists = (tokens_mine < tokens)[:, None]
     dims = tl.arange(0, DP)
-    first = tl.program_id(1) * HEADS
+    first = group * HEADS
     cos = 1.0
     sin = 0.0
     if ROPE != 0 and not TABLE_PER_HEAD:

@@ -26,6 +26,18 @@ _ANY_VALUE = ["stride_xb", "stride_cb", "stride_sb", "stride_ob", "heads", "toke
 
 
 @triton.jit
+def tile_and_heads(HEADS_FIRST: tl.constexpr):
+    """Which tile of tokens and which group of heads a program computes.
+
+    Programs that run together shall read memory that lies together: where the heads of a token are
+    neighbours, all heads of some tokens; otherwise many tokens of a head.
+    """
+    if HEADS_FIRST:
+        return tl.program_id(1), tl.program_id(0)
+    return tl.program_id(0), tl.program_id(1)
+
+
+@triton.jit
 def _load(pointers, mask, other: tl.constexpr, MASKED: tl.constexpr):
     """Load in float32."""
     if MASKED:
@@ -88,18 +100,18 @@ def head_statistics(
     stride_sb, stride_sh, stride_ss, stride_sd,
     heads, tokens, spans,
     D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     CENTER: tl.constexpr,
 ):  # fmt: skip
-    """What a span of tokens adds to its heads' statistics; grid (spans, heads / HEADS, batch).
+    """What a span of tokens adds to its heads' statistics; grid of spans and heads / HEADS.
 
     Writes the largest absolute value to ``partial_ptr`` (batch, heads, spans); with CENTER the sum,
     maximum and minimum of every channel to (batch, heads, spans, 3, DP).
     """
-    span = tl.program_id(0)
+    span, group = tile_and_heads(HEADS_FIRST)
     batch = tl.program_id(2).to(tl.int64)
-    heads_mine = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    heads_mine = group * HEADS + tl.arange(0, HEADS)
     x_ptr += batch * stride_xb
     cos_ptr += batch * stride_cb
     sin_ptr += batch * stride_sb
@@ -215,18 +227,18 @@ def quantize_tokens(
     stride_ob, stride_oh, stride_os,
     heads, tokens, spans,
     D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     CENTER: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Round a span of tokens of some heads to FP8; grid (spans, heads / HEADS, batch).
+    """Round a span of tokens of some heads to FP8; grid of spans and heads / HEADS.
 
     With CENTER the mean and the scale of a head are read. Otherwise the scale of each GROUP of
     heads is taken from the statistics of the spans, and written by the first span.
     """
-    span = tl.program_id(0)
+    span, group = tile_and_heads(HEADS_FIRST)
     batch = tl.program_id(2).to(tl.int64)
-    heads_mine = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    heads_mine = group * HEADS + tl.arange(0, HEADS)
     rows = batch * heads + heads_mine
     dims = tl.arange(0, DP)
     x_ptr += batch * stride_xb
@@ -265,16 +277,17 @@ def quantize_transposed(
     x_ptr, out_ptr, lost_ptr, mean_ptr, descale_ptr,
     stride_xb, stride_xh, stride_xs, stride_xd, stride_od,
     heads, tokens, spans, padded_tokens,
-    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Centre a tile of tokens, round it to FP8 and store it transposed; grid (spans, heads, batch).
+    """Centre a tile of tokens, round it to FP8 and store it transposed; grid of spans and heads.
 
     ``out_ptr`` is (batch, heads, D, padded_tokens), contiguous; behind the last token are zeros.
     ``lost_ptr`` (batch, heads, spans, DP) receives what rounding took off, summed over the tile, in
     units of the scale.
     """
-    span = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    span, head = tile_and_heads(HEADS_FIRST)
+    head = head.to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     row = batch * heads + head
     dims = tl.arange(0, DP)
