@@ -159,7 +159,7 @@ def _quantize(
     transpose: bool,
     cut: OnePass | None,
 ) -> None:
-    batch, heads, tokens, dim = x.shape
+    _, heads, tokens, dim = x.shape
     lanes = padded_lanes(dim)
     if hadamard and (lanes != dim or dim < ROW_BYTES):
         raise ValueError(f"head_dim {dim} is not a power of two from 16 to 256")

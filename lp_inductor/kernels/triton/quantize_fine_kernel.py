@@ -20,10 +20,7 @@ from lp_inductor.kernels.triton.quantize_kernel import tile_and_heads
 FP8_MAX = tl.constexpr(448.0)
 
 #: Arguments whose value must not give rise to another compiled kernel.
-_ANY_VALUE = [
-    "stride_xb", "stride_cb", "stride_sb", "stride_ob", "heads", "tokens", "blocks", "samples",
-    "step",
-]  # fmt: skip
+_ANY_VALUE = ["heads", "tokens", "blocks", "samples", "step"]
 
 
 @triton.jit
@@ -134,7 +131,8 @@ def quantize_once(
     stride_ob, stride_oh, stride_os,
     heads, tokens, blocks, padded_tokens,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    TABLE: tl.constexpr,
     TABLE_PER_HEAD: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr,
     ROWS: tl.constexpr, TRANSPOSE: tl.constexpr, NUM_STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
