@@ -16,6 +16,12 @@ from torch import Tensor
 from benchmarks import gpu
 from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
 from lp_inductor.kernels.triton.quantize import quantize_triton, quantize_value_triton
+from lp_inductor.kernels.triton.quantize_fine import (
+    key_block,
+    quantize_key_blocks,
+    quantize_rows,
+    quantize_value_blocks,
+)
 
 HEADS = 4
 #: Queries that are compared; every one sees all keys.
@@ -73,6 +79,17 @@ def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+def one_pass(query: Tensor, key: Tensor, value: Tensor, hadamard: bool) -> Tensor:
+    """The Triton kernels with a scale a row and a block of keys."""
+    q, q_descale = quantize_rows(query, hadamard=hadamard)
+    k, k_descale = quantize_key_blocks(key, hadamard=hadamard)
+    v, v_descale, mean = quantize_value_blocks(value, center=value.shape[-1] > 128)
+    out, _ = attention_triton(
+        q, k, v, q_descale, k_descale, v_descale, v_mean=mean, key_block=key_block()
+    )
+    return out
+
+
 def measure(name: str, tokens: int, dim: int) -> dict[str, Any]:
     """SQNR and RMSE of every way to compute one input."""
     query, key, value = inputs(name, tokens, dim)
@@ -82,6 +99,8 @@ def measure(name: str, tokens: int, dim: int) -> dict[str, Any]:
     results = {
         "bf16": torch.nn.functional.scaled_dot_product_attention(query, key, value),
         "triton": ours(query, key, value),
+        "triton one pass": one_pass(query, key, value, False),
+        "triton one pass hadamard": one_pass(query, key, value, True),
     }
     try:
         results["fa3"] = fa3(query, key, value, centered=False)

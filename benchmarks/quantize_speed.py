@@ -15,6 +15,11 @@ import torch
 
 from benchmarks import gpu
 from lp_inductor.kernels.triton.quantize import Rope, quantize_triton, quantize_value_triton
+from lp_inductor.kernels.triton.quantize_fine import (
+    quantize_key_blocks,
+    quantize_rows,
+    quantize_value_blocks,
+)
 
 HEADS = 32
 LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536)
@@ -41,15 +46,21 @@ def measure(dim: int, tokens: int, copy: float) -> list[dict[str, Any]]:
         "query": (lambda: quantize_triton(x), None),
         "key": (lambda: quantize_triton(x, center=True), None),
         "value": (lambda: quantize_value_triton(x), None),
+        "one pass: query": (lambda: quantize_rows(x), None),
+        "one pass: key": (lambda: quantize_key_blocks(x), None),
+        "one pass: value": (lambda: quantize_value_blocks(x), None),
     }
     for name, rope in ropes.items():
         runs[f"query, rope {name}"] = (lambda r=rope: quantize_triton(x, r), rope)
         runs[f"key, rope {name}"] = (lambda r=rope: quantize_triton(x, r, center=True), rope)
+        runs[f"one pass: query, rope {name}"] = (lambda r=rope: quantize_rows(x, r), rope)
+        runs[f"one pass: key, rope {name}"] = (lambda r=rope: quantize_key_blocks(x, r), rope)
     rows = []
     for name, (run, rope) in runs.items():
         tables = 0 if rope is None else rope.cos.nbytes + rope.sin.nbytes
         ms = gpu.graph_ms(run)
-        moved = 2 * (x.nbytes + tables) + x.numel()
+        passes = 1 if name.startswith("one pass") else 2
+        moved = passes * (x.nbytes + tables) + x.numel()
         floor = x.nbytes + tables + x.numel()
         row = {"dim": dim, "tokens": tokens, "what": name, "us": round(ms * 1e3, 1)}
         for kind, traffic in (("moved", moved), ("floor", floor)):

@@ -182,3 +182,59 @@ def test_inside_a_triton_op() -> None:
     assert torch.equal(eager, compiled)
     want = F.scaled_dot_product_attention(*(t.double() for t in args), is_causal=True)
     assert sqnr(eager, want) > 24
+
+
+@pytest.mark.parametrize("dim", [40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_pass(dim: int, hadamard: bool, transposed: bool) -> None:
+    """Scales per row and block, a sampled mean, grouped heads: attention over what was rotated."""
+    from lp_inductor.kernels.triton.attention import attention_triton
+    from lp_inductor.kernels.triton.quantize import Rope
+    from lp_inductor.kernels.triton.quantize_fine import (
+        key_block,
+        quantize_key_blocks,
+        quantize_rows,
+        quantize_value_blocks,
+    )
+
+    if hadamard and dim not in (64, 128, 256):
+        pytest.skip("there is no Hadamard matrix of this size")
+    tokens = 777
+    query, key, value = (
+        torch.randn(2, tokens, heads, dim, device=CUDA, dtype=torch.bfloat16) for heads in (8, 2, 2)
+    )
+    key += 3 * torch.randn(2, 1, 2, dim, device=CUDA)
+    value += 1
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if not transposed:
+        query, key, value = (t.contiguous() for t in (query, key, value))
+    angle = torch.randn(1, tokens, dim, device=CUDA)
+    rope = Rope(angle.cos(), angle.sin(), False, 0, dim)
+    q, q_descale = quantize_rows(query, rope, hadamard=hadamard)
+    k, k_descale = quantize_key_blocks(key, rope, hadamard=hadamard)
+    v, v_descale, v_mean = quantize_value_blocks(value, center=dim > 128)
+    got, _ = attention_triton(
+        q, k, v, q_descale, k_descale, v_descale, v_mean=v_mean, visible=Visibility(upper=0),
+        key_block=key_block(), out_dtype=torch.float32,
+    )  # fmt: skip
+    rotated = [
+        reference.rotate(t.float(), angle.cos(), angle.sin(), False, 0, dim) for t in (query, key)
+    ]
+    want = F.scaled_dot_product_attention(
+        *(t.double() for t in (*rotated, value)), is_causal=True, enable_gqa=True
+    )
+    assert sqnr(got, want) > 26
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("tokens", [100, 5000])
+def test_sampled_mean(dim: int, tokens: int) -> None:
+    """What is taken off a value comes back exactly, and is the mean over evenly spread tokens."""
+    from lp_inductor.kernels.triton.quantize_fine import quantize_value_blocks
+
+    x = torch.randn(1, 3, tokens, dim, device=CUDA) + 2
+    _, _, mean = quantize_value_blocks(x, center=True)
+    step = -(-tokens // 128)
+    assert mean is not None
+    torch.testing.assert_close(mean, x[:, :, ::step].mean(2, keepdim=True), rtol=1e-5, atol=1e-5)
