@@ -94,11 +94,12 @@ def quantize_centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale (batch, heads),
-        float32; mean (batch, heads, 1, head_dim), float32, to be added to the attention output.
+        float32; mean (batch, heads, 1, head_dim), float32, to be added to the attention output:
+        what the quantised value is short of on average, so that rounding does not move the mean.
     """
     x = x.float()
-    mean = x.mean(dim=2, keepdim=True)
-    quantized, descale = _to_fp8(x - mean, 1)
+    quantized, descale = _to_fp8(x - x.mean(dim=2, keepdim=True), 1)
+    mean = (x - quantized.float() * per_head(descale, x.shape[1])).mean(dim=2, keepdim=True)
     return quantized, descale, mean
 
 
