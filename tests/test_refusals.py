@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import lp_inductor
 from lp_inductor import Fp8Config, Miss, MissCode
-from lp_inductor.passes.site import check_operands
+from lp_inductor.passes.site import check_operands, module_of
 from tests import models, near_misses
 from tests.helpers import (
     canonical,
@@ -172,3 +172,18 @@ def test_every_code_is_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "misses.md").read_text()
     missing = [code.name for code in MissCode if f"`{code.name}`" not in page]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].__dict__['_modules']['blocks']['0'].attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0'].attn1", "blocks.0.attn1"),
+        ("L['self'].model.layers[3].self_attn", "model.layers.3.self_attn"),
+        ("L['fn']", ""),
+    ],
+)
+def test_modules_are_named_as_their_users_name_them(path: str, name: str) -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"key": (path, torch.nn.Module)}
+    assert module_of(node) == name
