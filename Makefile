@@ -62,10 +62,10 @@ test: lint pytest
 # Lint first: it is the faster to fail. (Also with make -j.)
 pytest: lint
 
-# One file goes to one worker, so that tests of a file share what it compiled. One thread for each
+# Tests of a file mostly go to one worker, and so share what it compiled. One thread for each
 # worker: more would only take turns.
 pytest: $(VENV)/.stamp-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 900 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 $(PYTEST_ARGS)
 
 # mypy reads the package as it installs, because no source tree shows passes/ as lp_inductor.passes.
 # build/lib goes first: setuptools would install modules from it that no longer exist.
