@@ -5,8 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 
+import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
 from lp_inductor.config import Fp8Config
-from lp_inductor.kernels import choose_kernel, granularity_of
+from lp_inductor.kernels import Kernel, granularity_of
+from lp_inductor.kernels.crossovers import fastest_by_length, work_conditions
+from lp_inductor.kernels.measured import HEADS
+from lp_inductor.kernels.registry import curves_of, prefer, serving_kernels
 from lp_inductor.passes.pipeline import Decision
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.site import AttentionCall
@@ -24,12 +30,15 @@ class Decider:
         """The kernel that serves ``call``, or why the site is left alone."""
         if self._config.skips(module):
             return Miss(MissCode.SKIPPED, f"skip={self._config.skip}")
-        kernel = choose_kernel(self._config, call)
+        serving = serving_kernels(self._config, call)
+        if isinstance(serving, Miss):
+            return serving
+        decode = self._check_decode(call)
+        if isinstance(decode, Miss):
+            return decode
+        kernel = self._choose(serving, call)
         if isinstance(kernel, Miss):
             return kernel
-        for verdict in (self._check_decode(call), self._check_length(call, kernel.min_seq_len)):
-            if isinstance(verdict, Miss):
-                return verdict
         if kernel.name == "reference" and self._config.kernel == "auto":
             _tell_about_reference(call.device.type)
         granularity = granularity_of(kernel, self._config)
@@ -45,13 +54,50 @@ class Decider:
             return OK
         return Miss(MissCode.DECODE, f"{call.key_len} key tokens")
 
-    def _check_length(self, call: AttentionCall, measured: int) -> Ok | Miss:
-        """Compare the key length with the bound; a symbolic length becomes a guard on it."""
-        configured = self._config.min_seq_len
-        bound = measured if configured is None else configured
-        if self._config.force or bound <= 1 or call.key_len >= bound:
-            return OK
+    def _choose(self, serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel | Miss:
+        """The kernel that pays most, or why none pays.
+
+        What the configuration says of lengths counts more than what was measured.
+        """
+        preferred = prefer(serving, call)
+        if self._config.force:
+            return preferred
+        bound = self._config.min_seq_len
+        if bound is None and preferred.measured_as is not None:
+            return self._choose_measured(serving, call)
+        bound = preferred.min_seq_len if bound is None else bound
+        if bound <= 1 or self._holds(call.key_len >= bound):
+            return preferred
         return Miss(MissCode.SHORT_SEQUENCE, f"{call.key_len} key tokens, min_seq_len={bound}")
+
+    def _choose_measured(self, serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel | Miss:
+        by_name = {k.measured_as: k for k in reversed(serving) if k.measured_as is not None}
+        curves = curves_of(call)
+        if not any(name in curves for name in by_name):
+            return Miss(
+                MissCode.NOT_FASTER, f"{', '.join(map(str, by_name))} not measured for such calls"
+            )
+        segments = fastest_by_length(curves, [name for name in by_name if name in curves])
+        for tokens, name in reversed(segments):
+            if all(self._holds(condition) for condition in work_conditions(call, tokens)):
+                if name is not None:
+                    return by_name[name]
+                break
+        paying = [tokens for tokens, name in segments if name is not None]
+        if not paying:
+            return Miss(MissCode.NOT_FASTER, "measured slower than bfloat16 at every length")
+        return Miss(
+            MissCode.SHORT_SEQUENCE,
+            f"{call.batch} x {call.heads} heads, {call.query_len} queries, {call.key_len} keys: "
+            f"FP8 pays from {paying[0]} tokens of {HEADS} heads on",
+        )
+
+    def _holds(self, condition: bool | torch.SymBool) -> bool:
+        """Whether a comparison of sizes holds; one of symbolic sizes becomes a guard.
+
+        Of sizes that only run-time data tell nothing holds.
+        """
+        return guard_or_false(condition)
 
 
 @functools.cache

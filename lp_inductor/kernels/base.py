@@ -31,6 +31,9 @@ class Kernel(abc.ABC):
     qk_dtypes: frozenset[torch.dtype] = frozenset({torch.float8_e4m3fn})
     #: Fewest key tokens at which the kernel pays against bf16 attention.
     min_seq_len: int = 0
+    #: The name under which the table of measured crossovers has the kernel, which then counts
+    #: instead of ``min_seq_len``.
+    measured_as: str | None = None
     #: Whether its code goes into an AOTInductor package, which has no Python.
     portable: bool = False
     #: The parts of masks it takes, in any combination.
