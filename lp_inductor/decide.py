@@ -13,9 +13,8 @@ from lp_inductor.kernels import Kernel, granularity_of
 from lp_inductor.kernels.crossovers import fastest_by_length, work_conditions
 from lp_inductor.kernels.measured import HEADS
 from lp_inductor.kernels.registry import curves_of, prefer, serving_kernels
-from lp_inductor.passes.pipeline import Decision
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
-from lp_inductor.passes.site import AttentionCall
+from lp_inductor.passes.site import AttentionCall, Decision
 
 log = logging.getLogger("lp_inductor")
 
@@ -43,7 +42,8 @@ class Decider:
             _tell_about_reference(call.device.type)
         granularity = granularity_of(kernel, self._config)
         assert granularity is not None
-        return Decision(kernel.name, self._config.quantization(module, granularity))
+        quantization = self._config.quantization(module, granularity)
+        return Decision(kernel.name, quantization, kernel.aten_overload)
 
     def _check_decode(self, call: AttentionCall) -> Ok | Miss:
         """A single query reads each key once: quantising the keys would read them twice.

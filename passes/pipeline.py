@@ -22,19 +22,18 @@ from lp_inductor.passes.match import SiteMatch, SiteMatcher
 from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.result import Miss, MissCode
 from lp_inductor.passes.rewrite import Rewriter
-from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
+from lp_inductor.passes.site import (
+    AttentionCall,
+    Decision,
+    Sdpa,
+    Site,
+    module_of,
+    shape_for_report,
+    values,
+)
 from lp_inductor.passes.site_mask import SiteMask
-from lp_inductor.quantization import Quantization
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A kernel that is to serve a site, and how its operands are quantised."""
-
-    kernel: str
-    quantization: Quantization
 
 
 #: Decides on a matched call: module name and call in, a kernel or the reason for none out.
@@ -92,7 +91,7 @@ def _run_site(
         site = _record(sdpa, module, mask, match, decision)
         if written is not None:
             written.accept(node)
-        rewriter.rewrite_site(match, decision.kernel, decision.quantization, number)
+        rewriter.rewrite_site(match, decision, number)
         return site
     assert isinstance(decision, Miss)
     site = _record(sdpa, module, mask, match, decision)

@@ -12,7 +12,7 @@ from lp_inductor.decide import Decider
 from lp_inductor.kernels import crossovers, registry
 from lp_inductor.kernels.base import MaskPart
 from lp_inductor.kernels.measured import HEADS, SPEEDUPS
-from lp_inductor.passes.pipeline import Decision
+from lp_inductor.passes.site import Decision
 
 CARD = (9, 0)
 TABLE: dict[crossovers.Key, dict[str, dict[int, float]]] = {

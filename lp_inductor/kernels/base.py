@@ -34,6 +34,9 @@ class Kernel(abc.ABC):
     #: The name under which the table of measured crossovers has the kernel, which then counts
     #: instead of ``min_seq_len``.
     measured_as: str | None = None
+    #: Whether calls go through ``aten._scaled_dot_product_flash_attention.quantized`` where that
+    #: can say what is meant; it cannot carry the mean of the values.
+    aten_overload: bool = True
     #: Whether its code goes into an AOTInductor package, which has no Python.
     portable: bool = False
     #: The parts of masks it takes, in any combination.
