@@ -6,7 +6,9 @@ operator                       becomes
 ``quantize*``                  its decomposition; Inductor compiles it to C++ or Triton
 attention, "reference"         its decomposition: dequantise, float32 attention
 attention, "activated"         ``aten._scaled_dot_product_flash_attention.quantized`` as it is:
-                               Inductor's own fallback calls what PyTorch has activated
+                               Inductor's own fallback calls what PyTorch has activated (with
+                               a C++ wrapper, which would not, like any other kernel)
+attention, a portable kernel   what its ``run`` traces to
 attention, any other kernel    ``lp_inductor::sdpa_quantized``, a fallback that calls the kernel
 =============================  ===============================================================
 
@@ -25,9 +27,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from lp_inductor import reference
+from lp_inductor.kernels import registered_kernels
+from lp_inductor.ops import run_kernel
 from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.inline import Inliner
 from lp_inductor.passes.movement import value_of
@@ -51,10 +56,18 @@ def lower_graph(graph: Graph) -> None:
             continue
         if node.target in _QUANTIZE:
             _inline(node, _QUANTIZE[node.target], node.args, inliner)
-        elif node.target is _OWN_ATTENTION and kernel_of(node) == "reference":
-            _inline(node, reference.sdpa_quantized, node.args[:-1], inliner)
+        elif node.target is _OWN_ATTENTION:
+            _lower_own_attention(node, inliner)
         elif node.target is _ATEN_ATTENTION:
             lower_aten_attention(node, inliner)
+
+
+def _lower_own_attention(node: Node, inliner: Inliner) -> None:
+    """Inline a kernel whose code the graph may hold; any other stays a call."""
+    if kernel_of(node) == "reference":
+        _inline(node, reference.sdpa_quantized, node.args[:-1], inliner)
+    elif any(k.portable for k in registered_kernels() if k.name == kernel_of(node)):
+        _inline(node, run_kernel, node.args, inliner)
 
 
 def kernel_of(node: Node) -> str | None:
@@ -71,8 +84,10 @@ def lower_aten_attention(node: Node, inliner: Inliner) -> None:
     """Send one call of the ATen overload to its kernel; only its first output may be used."""
     kernel = kernel_of(node)
     others = [user for user in node.users if user.args != (node, 0) and user.users]
-    if kernel in (None, "activated") or others:
+    if kernel is None or others:
         return
+    if kernel == "activated" and not inductor_config.cpp_wrapper:
+        return  # C++ wrappers call ATen's own code, which is none, and not what is activated
     operands, is_causal = node.args[:6], node.args[7]
     no_mean, no_mask = None, (None, None, 0 if is_causal else None, None)
     scale = node.kwargs.get("scale")
@@ -83,6 +98,7 @@ def lower_aten_attention(node: Node, inliner: Inliner) -> None:
         return
     call = Emitter(node.graph, node).call(_OWN_ATTENTION, *args, kernel)
     _replace_outputs(node, [call])
+    _lower_own_attention(call, inliner)
 
 
 def _inline(

@@ -20,6 +20,7 @@ class ReferenceKernel(Kernel):
     name = "reference"
     masks = frozenset(MaskPart)
     adds_mean = True
+    portable = True
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On every CPU and CUDA device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
@@ -71,8 +72,19 @@ def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
     return tuple(k for k in _KERNELS.values() if is_cpu or k.name != ReferenceKernel.name)
 
 
-def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
+def allow_all(kernel: Kernel) -> Ok | Miss:
+    """No kernel is ruled out."""
+    return OK
+
+
+def choose_kernel(
+    config: Fp8Config,
+    call: AttentionCall,
+    allowed: Callable[[Kernel], Ok | Miss] = allow_all,
+) -> Kernel | Miss:
     """The kernel that serves ``call``, or why none does.
+
+    ``allowed`` rules out kernels that could run, for the place where their code is to be used.
 
     Raises:
         KernelError: if the configuration names a kernel that cannot run on the call's device.
@@ -86,7 +98,9 @@ def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
                 raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
             unavailable.append(f"{kernel.name}: {available.detail}")
             continue
-        supported = check_call(kernel, config, call)
+        supported = allowed(kernel)
+        if not isinstance(supported, Miss):
+            supported = check_call(kernel, config, call)
         if not isinstance(supported, Miss):
             return kernel
         unsupported = unsupported or supported
