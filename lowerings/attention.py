@@ -8,7 +8,9 @@ attention, "triton"            with its quantisation, Triton kernels (:mod:`.tri
                                its decomposition, which Inductor compiles
 attention, "reference"         its decomposition: dequantise, float32 attention
 attention, "activated"         ``aten._scaled_dot_product_flash_attention.quantized`` as it is:
-                               Inductor's own fallback calls what PyTorch has activated
+                               Inductor's own fallback calls what PyTorch has activated (with
+                               a C++ wrapper, which would not, like any other kernel)
+attention, a portable kernel   what its ``run`` traces to
 attention, any other kernel    ``lp_inductor::sdpa_quantized``, a fallback that calls the kernel
 =============================  ===============================================================
 
@@ -27,10 +29,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from lp_inductor import reference
+from lp_inductor.kernels import registered_kernels
 from lp_inductor.lowerings import triton
+from lp_inductor.ops import run_kernel
 from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.inline import Inliner
 from lp_inductor.passes.movement import value_of
@@ -68,18 +73,19 @@ def lower_attention(node: Node, place: Mapping[Node, int], inliner: Inliner) -> 
     kernel = kernel_of(node)
     if kernel is None:
         return
-    if kernel == "reference":
-        lower_to(reference.sdpa_quantized, node, inliner)
-        return
-    if not triton.can_compile(_device(node)):
-        lower_to(None, node, inliner)
-    elif kernel == "triton":
-        call = lower_to(None, node, inliner)
-        if call is not None:
-            _replace_outputs(call, triton.lower_triton_site(call, inliner))
-    else:
+    compiles = kernel != "reference" and triton.can_compile(_device(node))
+    if compiles and kernel != "triton":
         triton.lower_quantization(node, place, inliner, _replace_outputs)
-        lower_to(None, node, inliner)
+    call = _own_call(node, kernel)
+    if call is None:
+        return
+    if kernel == "reference":
+        _inline(call, reference.sdpa_quantized, call.args[:-1], inliner)
+    elif kernel == "triton":
+        if compiles:
+            _replace_outputs(call, triton.lower_triton_site(call, inliner))
+    elif any(k.portable for k in registered_kernels() if k.name == kernel):
+        _inline(call, run_kernel, call.args, inliner)
 
 
 def kernel_of(node: Node) -> str | None:
@@ -92,25 +98,21 @@ def kernel_of(node: Node) -> str | None:
     return "reference" if value_of(node)[0].device.type == "cpu" else None
 
 
-def lower_to(function: Callable[..., Any] | None, node: Node, inliner: Inliner) -> Node | None:
-    """Lower a call to what ``function`` does, or to our own operator; return a call that remains.
+def _own_call(node: Node, kernel: str) -> Node | None:
+    """The call as one of our own operator; None for one that stays.
 
-    Of the ATen overload only the first output may be used, and what is activated is called by it.
+    Of the ATen overload only the first output may be used; what is activated is called by it.
     """
-    args = node.args
-    if node.target is _ATEN_ATTENTION:
-        kernel = kernel_of(node)
-        others = [user for user in node.users if user.args != (node, 0) and user.users]
-        if kernel == "activated" or others:
-            return None
-        no_mean, no_mask = None, (None, None, 0 if node.args[7] else None, None)
-        scale, dtype = node.kwargs.get("scale"), value_of(node)[0].dtype
-        args = (*node.args[:6], no_mean, *no_mask, scale, dtype, kernel)
-    if function is not None:
-        _inline(node, function, args[:-1], inliner)
-        return None
     if node.target is _OWN_ATTENTION:
         return node
+    others = [user for user in node.users if user.args != (node, 0) and user.users]
+    if others:
+        return None
+    if kernel == "activated" and not inductor_config.cpp_wrapper:
+        return None  # C++ wrappers call ATen's own code, which is none, and not what is activated
+    no_mean, no_mask = None, (None, None, 0 if node.args[7] else None, None)
+    scale, dtype = node.kwargs.get("scale"), value_of(node)[0].dtype
+    args = (*node.args[:6], no_mean, *no_mask, scale, dtype, kernel)
     call = Emitter(node.graph, node).call(_OWN_ATTENTION, *args)
     _replace_outputs(node, [call])
     return call

@@ -4,32 +4,59 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from lp_inductor.config import Fp8Config
 from lp_inductor.kernels import Kernel, granularity_of
 from lp_inductor.kernels.crossovers import fastest_by_length, work_conditions
 from lp_inductor.kernels.measured import HEADS
-from lp_inductor.kernels.registry import curves_of, prefer, serving_kernels
+from lp_inductor.kernels.registry import allow_all, curves_of, prefer, serving_kernels
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.site import AttentionCall, Decision
 
 log = logging.getLogger("lp_inductor")
 
 
-class Decider:
-    """Decides for one configuration."""
+@dataclass(frozen=True)
+class PackageRules:
+    """What may go into a package.
 
-    def __init__(self, config: Fp8Config) -> None:
+    Attributes:
+        libraries: names of the shared libraries that the package may need (``Library.name``).
+    """
+
+    libraries: tuple[str, ...] = ()
+
+    def check_kernel(self, kernel: Kernel) -> Ok | Miss:
+        """Whether a package may embed the kernel."""
+        if not kernel.portable:
+            return Miss(MissCode.NOT_PORTABLE, f"{kernel.name} is called through Python")
+        for library in kernel.libraries:
+            if library.name not in self.libraries:
+                return Miss(
+                    MissCode.NOT_PORTABLE,
+                    f"{kernel.name} needs the library {library.name!r} wherever the package is "
+                    f"loaded; libraries=({library.name!r},) allows that",
+                )
+        return OK
+
+
+class Decider:
+    """Decides for one configuration, and for the rules of a package where there is to be one."""
+
+    def __init__(self, config: Fp8Config, rules: PackageRules | None = None) -> None:
         self._config = config
+        self._rules = rules
 
     def __call__(self, module: str, call: AttentionCall) -> Decision | Miss:
         """The kernel that serves ``call``, or why the site is left alone."""
         if self._config.skips(module):
             return Miss(MissCode.SKIPPED, f"skip={self._config.skip}")
-        serving = serving_kernels(self._config, call)
+        allowed = allow_all if self._rules is None else self._rules.check_kernel
+        serving = serving_kernels(self._config, call, allowed)
         if isinstance(serving, Miss):
             return serving
         decode = self._check_decode(call)
@@ -68,6 +95,8 @@ class Decider:
         bound = preferred.min_seq_len if bound is None else bound
         if bound <= 1 or self._holds(call.key_len >= bound):
             return preferred
+        if self._rules is not None and isinstance(call.key_len, torch.SymInt):
+            return _too_short_to_export(call.key_len, bound)
         return Miss(MissCode.SHORT_SEQUENCE, f"{call.key_len} key tokens, min_seq_len={bound}")
 
     def _choose_measured(self, serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel | Miss:
@@ -95,9 +124,20 @@ class Decider:
     def _holds(self, condition: bool | torch.SymBool) -> bool:
         """Whether a comparison of sizes holds; one of symbolic sizes becomes a guard.
 
-        Of sizes that only run-time data tell nothing holds.
+        A package has no guards: there only what holds of every size does. Of sizes that only
+        run-time data tell nothing holds.
         """
+        if self._rules is not None:
+            return statically_known_true(condition)
         return guard_or_false(condition)
+
+
+def _too_short_to_export(length: torch.SymInt, bound: int) -> Miss:
+    return Miss(
+        MissCode.SHORT_SEQUENCE,
+        f"{length} key tokens may be fewer than min_seq_len={bound}: export with "
+        f"torch.export.Dim(..., min={bound}), or set min_seq_len",
+    )
 
 
 @functools.cache

@@ -46,6 +46,8 @@ class MissCode(enum.Enum):
     SKIPPED = "the configuration's skip patterns name this module"
     DECODE = "one query token: reading the cache is all the work there is, and FP8 saves none of it"
     SHORT_SEQUENCE = "fewer key tokens than min_seq_len: FP8 would not pay"
+    DYNAMIC_DIM = "an exported program leaves a size open that the rewrite would have to fix"
+    NOT_PORTABLE = "the kernel cannot be part of a package that runs without Python"
     NOT_FASTER = "FP8 was not measured to be faster for such calls on this card"
     NO_KERNEL = "no registered kernel serves this device"
     KERNEL_UNAVAILABLE = "the kernel cannot run here"

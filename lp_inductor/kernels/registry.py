@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -77,8 +77,19 @@ def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
     return tuple(k for k in _KERNELS.values() if is_cpu or k.name != ReferenceKernel.name)
 
 
-def serving_kernels(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...] | Miss:
+def allow_all(kernel: Kernel) -> Ok | Miss:
+    """No kernel is ruled out."""
+    return OK
+
+
+def serving_kernels(
+    config: Fp8Config,
+    call: AttentionCall,
+    allowed: Callable[[Kernel], Ok | Miss] = allow_all,
+) -> tuple[Kernel, ...] | Miss:
     """The kernels that serve ``call`` in the order in which to ask, or why none does.
+
+    ``allowed`` rules out kernels that could run, for the place where their code is to be used.
 
     Raises:
         KernelError: if the configuration names a kernel that cannot run on the call's device.
@@ -93,7 +104,9 @@ def serving_kernels(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...
                 raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
             unavailable.append(f"{kernel.name}: {available.detail}")
             continue
-        supported = check_call(kernel, config, call)
+        supported = allowed(kernel)
+        if not isinstance(supported, Miss):
+            supported = check_call(kernel, config, call)
         if isinstance(supported, Miss):
             unsupported = unsupported or supported
         else:
