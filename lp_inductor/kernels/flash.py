@@ -169,6 +169,5 @@ def _add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
     batch, kv_heads, _, dim = mean.shape
     grouped = out.unflatten(2, (kv_heads, -1))
     mean = mean.reshape(batch, 1, kv_heads, 1, dim)
-    if out.dtype == out_dtype:
-        return grouped.add_(mean).flatten(2, 3)
-    return (grouped + mean).flatten(2, 3)
+    total: Tensor = grouped.add_(mean) if out.dtype == out_dtype else grouped + mean
+    return total.flatten(2, 3)
