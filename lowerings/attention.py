@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _OWN_ATTENTION = torch.ops.lp_inductor.sdpa_quantized.default
 _QUANTIZE: dict[Any, Callable[..., Any]] = {
     torch.ops.lp_inductor.quantize.default: reference.quantize,
     torch.ops.lp_inductor.quantize_centered.default: reference.quantize_centered,
+    torch.ops.lp_inductor.hadamard.default: reference.hadamard,
 }
 
 
@@ -50,7 +51,7 @@ def lower_graph(graph: Graph) -> None:
         if node.op != "call_function":
             continue
         if node.target in _QUANTIZE:
-            _inline(node, _QUANTIZE[node.target], node.args, inliner)
+            _inline(node, _QUANTIZE[node.target], node.args, inliner, node.kwargs)
         elif node.target is _OWN_ATTENTION and kernel_of(node) == "reference":
             _inline(node, reference.sdpa_quantized, node.args[:-1], inliner)
         elif node.target is _ATEN_ATTENTION:
@@ -86,9 +87,13 @@ def lower_aten_attention(node: Node, inliner: Inliner) -> None:
 
 
 def _inline(
-    node: Node, function: Callable[..., Any], args: tuple[Any, ...], inliner: Inliner
+    node: Node,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    inliner: Inliner,
+    constants: Mapping[str, Any] | None = None,
 ) -> None:
-    results = inliner.inline(Emitter(node.graph, node), function, args)
+    results = inliner.inline(Emitter(node.graph, node), function, args, constants)
     _replace_outputs(node, results)
 
 

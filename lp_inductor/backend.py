@@ -48,7 +48,7 @@ class AttentionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Run the pipeline on one functional ATen graph."""
         config = self._config
-        options = pipeline.PipelineOptions(config.smooth_k, config.smooth_v, config.fuse_rope)
+        options = pipeline.PipelineOptions(config.fuse_rope)
         self._sink(pipeline.run_passes(graph, options, Decider(config)))
 
     def uuid(self) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from lp_inductor.quantization import FP8, Quantization
+
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "granularity": ("auto", "per_head"),
-    "qk_dtype": ("fp8",),
-    "hadamard": ("none",),
+    "granularity": ("auto", "per_head", "per_block"),
+    "qk_dtype": ("fp8", "int8"),
+    "hadamard": ("none", "v", "qk", "qkv"),
     "on_miss": ("ignore", "warn", "raise"),
 }
 
@@ -30,14 +35,20 @@ class Fp8Config:
             "auto" takes the first that can serve; a named kernel that cannot run on the machine
             raises when the model is compiled.
         granularity: what shares one quantisation scale: "per_head" (one per batch entry and
-            key/value head) or "auto", which chooses by kernel.
-        qk_dtype: number format of query and key: "fp8" (float8_e4m3fn).
+            key/value head), "per_block" (one per token of a query and per 128 keys and values) or
+            "auto", which chooses by kernel.
+        qk_dtype: number format of query and key: "fp8" (float8_e4m3fn), or "int8" with a scale for
+            each token: more accurate, slower, and not with every kernel.
         smooth_k: centre keys over the sequence before quantisation. Exact in real arithmetic.
         smooth_v: centre values likewise, and add their mean back to the output. Exact likewise.
-        fuse_rope: fuse a proved rotary embedding into quantisation. A rotation that is found but
-            not proved refuses the whole site; with False rotations are left to the model's own
-            code, and such a site is rewritten without them.
-        hadamard: operands to transform before quantisation: "none".
+        fuse_rope: fuse a proved rotary embedding into quantisation. A rotation that is not proved
+            stays the model's own code, as all do with False.
+        hadamard: operands to multiply by a Hadamard matrix before quantisation, against outliers:
+            "none", "v", "qk" or "qkv". For head_dim 16, 32, 64, 128 and 256; sites with another
+            are left alone.
+        static_descales: scales that are given instead of measured: tuples of a glob pattern of
+            module names and the scales of query, key and value, ``x ~ quantised * descale``. The
+            first pattern that fits decides; what is out of range is clamped.
         min_seq_len: rewrite only sites with at least this many key tokens; None: as measured for
             the kernel (0 for the reference kernel).
         skip: glob patterns of module names, such as ``"*.layers.0.*"``, to leave alone.
@@ -57,6 +68,7 @@ class Fp8Config:
     smooth_v: bool = True
     fuse_rope: bool = True
     hadamard: str = "none"
+    static_descales: tuple[tuple[str, float, float, float], ...] = ()
     min_seq_len: int | None = None
     skip: tuple[str, ...] = ()
     force: bool = False
@@ -74,6 +86,11 @@ class Fp8Config:
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: {_expected(value, choices)}")
         _check_count("min_seq_len", self.min_seq_len)
+        object.__setattr__(self, "static_descales", _as_descales(self.static_descales))
+        if self.qk_dtype == "int8" and self.granularity == "per_head":
+            raise ConfigError(
+                "qk_dtype='int8' has a scale for each token, not granularity='per_head'"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> tuple[Fp8Config, dict[str, Any]]:
@@ -103,6 +120,23 @@ class Fp8Config:
     def skips(self, module: str) -> bool:
         """Whether a skip pattern names ``module``."""
         return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.skip)
+
+    def quantization(self, module: str, granularity: str) -> Quantization:
+        """What happens to the operands of a site in ``module``, at a kernel's granularity."""
+        static = None
+        for pattern, *descales in self.static_descales:
+            if fnmatch.fnmatchcase(module, pattern):
+                static = (descales[0], descales[1], descales[2])
+                break
+        return Quantization(
+            granularity,
+            torch.int8 if self.qk_dtype == "int8" else FP8,
+            self.smooth_k,
+            self.smooth_v,
+            "qk" in self.hadamard,
+            "v" in self.hadamard,
+            static,
+        )
 
     def canonical(self) -> str:
         """One string that two configurations share exactly when they are equal."""
@@ -135,6 +169,19 @@ def _as_patterns(skip: object) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"skip={skip!r}: every pattern must be a string")
     return patterns
+
+
+def _as_descales(given: object) -> tuple[tuple[str, float, float, float], ...]:
+    expected = "expected tuples of a glob pattern and three positive scales"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(f"static_descales={given!r}: {expected}")
+    entries = [tuple(entry) if isinstance(entry, list | tuple) else entry for entry in given]
+    for entry in entries:
+        if not isinstance(entry, tuple) or len(entry) != 4 or not isinstance(entry[0], str):
+            raise ConfigError(f"static_descales has {entry!r}: {expected}")
+        if not all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in entry[1:]):
+            raise ConfigError(f"static_descales has {entry!r}: {expected}")
+    return tuple((pattern, float(q), float(k), float(v)) for pattern, q, k, v in entries)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -6,7 +6,7 @@ import functools
 import logging
 
 from lp_inductor.config import Fp8Config
-from lp_inductor.kernels import choose_kernel, get_kernel
+from lp_inductor.kernels import choose_kernel, granularity_of
 from lp_inductor.passes.pipeline import Decision
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.site import AttentionCall
@@ -32,7 +32,9 @@ class Decider:
                 return verdict
         if kernel.name == "reference" and self._config.kernel == "auto":
             _tell_about_reference(call.device.type)
-        return Decision(kernel.name, get_kernel(kernel.name).granularity)
+        granularity = granularity_of(kernel, self._config)
+        assert granularity is not None
+        return Decision(kernel.name, self._config.quantization(module, granularity))
 
     def _check_decode(self, call: AttentionCall) -> Ok | Miss:
         """A single query reads each key once: quantising the keys would read them twice.

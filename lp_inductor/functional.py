@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lp_inductor import ops
 from lp_inductor.config import Fp8Config
-from lp_inductor.kernels import choose_kernel
+from lp_inductor.kernels import choose_kernel, granularity_of
 from lp_inductor.passes.result import Miss
 from lp_inductor.passes.site import FLOAT_DTYPES, AttentionCall, MaskPart
 
@@ -57,19 +57,30 @@ def scaled_dot_product_attention_fp8(
     kernel = choose_kernel(config, call)
     if isinstance(kernel, Miss):
         raise RuntimeError(f"no FP8 kernel serves this call: {kernel}")
-    q, q_descale = ops.quantize(query, None, None, False, 0, 0, group, False)
-    k, k_descale = ops.quantize(key, None, None, False, 0, 0, 1, config.smooth_k)
-    if config.smooth_v:
-        v, v_descale, mean = ops.quantize_centered(value)
+    how = config.quantization("", granularity_of(kernel, config) or "per_head")
+    q, q_descale = ops.quantize(
+        query, None, None, False, 0, 0, group, False, scales=how.query_scales,
+        hadamard=how.hadamard_qk, dtype=how.qk_dtype, static_descale=how.static_descale(0),
+    )  # fmt: skip
+    k, k_descale = ops.quantize(
+        key, None, None, False, 0, 0, 1, how.smooth_k, scales=how.key_scales,
+        hadamard=how.hadamard_qk, dtype=how.qk_dtype, static_descale=how.static_descale(1),
+    )  # fmt: skip
+    v_options = {
+        "scales": how.value_scales, "hadamard": how.hadamard_v,
+        "static_descale": how.static_descale(2),
+    }  # fmt: skip
+    mean = None
+    if how.smooth_v:
+        v, v_descale, mean = ops.quantize_centered(value, **v_options)
     else:
-        v, v_descale = ops.quantize(value, None, None, False, 0, 0, 1, False)
-        mean = None
+        v, v_descale = ops.quantize(value, None, None, False, 0, 0, 1, False, **v_options)
     upper = 0 if is_causal else None
     out: Tensor = ops.sdpa_quantized(
         q, k, v, q_descale, k_descale, v_descale, mean, mask, None, upper, None,
         scale, query.dtype, kernel.name,
     )  # fmt: skip
-    return out
+    return ops.hadamard(out) if how.hadamard_v else out
 
 
 def _mask_parts(

@@ -5,6 +5,7 @@
                           puts into a graph and the passes rewrite or expand
 ``::quantize``            rotate, centre and quantise a query or key
 ``::quantize_centered``   centre and quantise a value, returning the mean that was taken off
+``::hadamard``            the Hadamard transform, which takes back that of a value
 ``::sdpa_quantized``      attention over quantised operands, for what
                           ``aten._scaled_dot_product_flash_attention.quantized`` cannot say:
                           masks, another output dtype, another value head_dim, a named kernel
@@ -12,7 +13,8 @@
 
 All shapes are (batch, heads, tokens, head_dim); quantised tensors are stored in the order (batch,
 tokens, heads, head_dim), which flash-attention kernels and the output projection both like.
-Descales are float32 of shape (batch, kv_heads): ``x ~ quantised * descale``.
+Descales are float32: ``x ~ quantised * descale``, one for each head, block of tokens or token (see
+:func:`lp_inductor.reference.expand_descale`).
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lp_inductor import reference
+from lp_inductor.quantization import FP8, TOKEN_BLOCK
 from lp_inductor.visibility import Visibility
 
 NAMESPACE = "lp_inductor"
-FP8 = torch.float8_e4m3fn
 
 _lib = torch.library.Library(NAMESPACE, "DEF")
 _lib.define(
@@ -36,9 +38,14 @@ _lib.define(
 )
 _lib.define(
     "quantize(Tensor x, Tensor? cos, Tensor? sin, bool interleaved, int rope_start, "
-    "int rope_width, int group_size, bool center) -> (Tensor quantized, Tensor descale)"
+    "int rope_width, int group_size, bool center, *, str scales='head', bool hadamard=False, "
+    "ScalarType? dtype=None, float? static_descale=None) -> (Tensor quantized, Tensor descale)"
 )
-_lib.define("quantize_centered(Tensor x) -> (Tensor quantized, Tensor descale, Tensor mean)")
+_lib.define(
+    "quantize_centered(Tensor x, *, str scales='head', bool hadamard=False, "
+    "float? static_descale=None) -> (Tensor quantized, Tensor descale, Tensor mean)"
+)
+_lib.define("hadamard(Tensor x) -> Tensor")
 _lib.define(
     "sdpa_quantized(Tensor query, Tensor key, Tensor value, Tensor q_descale, Tensor k_descale, "
     "Tensor v_descale, Tensor? v_mean, Tensor? attn_mask, SymInt? lower, SymInt? upper, "
@@ -48,6 +55,7 @@ _lib.define(
 sdpa = torch.ops.lp_inductor.sdpa.default
 quantize = torch.ops.lp_inductor.quantize.default
 quantize_centered = torch.ops.lp_inductor.quantize_centered.default
+hadamard = torch.ops.lp_inductor.hadamard.default
 sdpa_quantized = torch.ops.lp_inductor.sdpa_quantized.default
 
 
@@ -141,16 +149,35 @@ def _quantize_fake(
     rope_width: int,
     group_size: int,
     center: bool,
+    *,
+    scales: str = "head",
+    hadamard: bool = False,
+    dtype: torch.dtype | None = None,
+    static_descale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    descale = x.new_empty((x.shape[0], x.shape[1] // group_size), dtype=torch.float32)
-    return empty_bshd(x, FP8), descale
+    return empty_bshd(x, dtype or FP8), _empty_descale(x, scales, group_size)
 
 
-def _quantize_centered_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_centered_fake(
+    x: Tensor,
+    *,
+    scales: str = "head",
+    hadamard: bool = False,
+    static_descale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, dim = x.shape
-    descale = x.new_empty((batch, heads), dtype=torch.float32)
     mean = x.new_empty((batch, heads, 1, dim), dtype=torch.float32)
-    return empty_bshd(x, FP8), descale, mean
+    return empty_bshd(x, FP8), _empty_descale(x, scales, 1), mean
+
+
+def _empty_descale(x: Tensor, scales: str, group_size: int) -> Tensor:
+    batch, heads, tokens, _ = x.shape
+    shapes = {
+        "head": (batch, heads // group_size),
+        "block": (batch, heads, (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK),
+        "token": (batch, heads, tokens, 1),
+    }
+    return x.new_empty(shapes[scales], dtype=torch.float32)
 
 
 def _sdpa_quantized_fake(
@@ -214,12 +241,14 @@ def _run_kernel(
 for _backend in ("CPU", "CUDA"):
     _lib.impl("quantize", reference.quantize, _backend)
     _lib.impl("quantize_centered", reference.quantize_centered, _backend)
+    _lib.impl("hadamard", reference.hadamard, _backend)
     _lib.impl("sdpa_quantized", _run_kernel, _backend)
 
 for _name, _fake in (
     ("sdpa", stock_sdpa),
     ("quantize", _quantize_fake),
     ("quantize_centered", _quantize_centered_fake),
+    ("hadamard", lambda x: empty_bshd(x, x.dtype)),
     ("sdpa_quantized", _sdpa_quantized_fake),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lp_inductor.quantization import FP8, LARGEST, TOKEN_BLOCK
 from lp_inductor.visibility import Visibility, visible_rows
-
-#: The largest finite float8_e4m3fn; larger values become NaN in a cast, so clamp before it.
-FP8_MAX = 448.0
 
 
 def rotate(
@@ -63,54 +61,148 @@ def quantize(
     rope_width: int,
     group_size: int,
     center: bool,
+    *,
+    scales: str = "head",
+    hadamard: bool = False,
+    dtype: torch.dtype | None = None,
+    static_descale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate (where tables are given), centre over tokens (where asked) and quantise to FP8.
+    """Rotate (where tables are given), centre over tokens, transform (where asked) and quantise.
 
     Args:
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16.
         cos, sin, interleaved, rope_start, rope_width: see :func:`rotate`; None: no rotation.
         group_size: heads that share one scale, in groups of neighbours: for a query the query
-            heads per key/value head, for a key 1.
-        center: subtract the mean over tokens of every channel. Attention does not see a constant
-            added to all keys, so for a key this is exact.
+            heads per key/value head, for a key 1. Scales finer than a head are shared by none.
+        center: subtract a mean over tokens of every channel; an estimate will do. Attention does
+            not see a constant added to all keys, so for a key this is exact.
+        scales: what shares one scale: "head" (all its tokens), "block" (of 128 tokens) or "token".
+        hadamard: see :func:`hadamard`; head_dim is a power of two from 16 to 256.
+        dtype: float8_e4m3fn (None) or int8.
+        static_descale: the scale of everything; with "head" only. What is out of its range is
+            clamped.
 
     Returns:
-        quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale (batch, heads /
-        group_size), float32.
+        quantised (batch, heads, tokens, head_dim); descale, float32, of shape
+        (batch, heads / group_size) for "head", (batch, heads, blocks) for "block", (batch, heads,
+        tokens, 1) for "token".
     """
     x = x.float()
     if cos is not None and sin is not None:
         x = rotate(x, cos, sin, interleaved, rope_start, rope_width)
     if center:
         x = x - x.mean(dim=2, keepdim=True)
-    return _to_fp8(x, group_size)
+    if hadamard:
+        x = _hadamard(x)
+    return _to_dtype(x, group_size, scales, dtype or FP8, static_descale)
 
 
-def quantize_centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_centered(
+    x: Tensor,
+    *,
+    scales: str = "head",
+    hadamard: bool = False,
+    static_descale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Centre a value over tokens and quantise it to FP8.
 
     Args:
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16.
+        scales, hadamard, static_descale: see :func:`quantize`.
 
     Returns:
-        quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale (batch, heads),
-        float32; mean (batch, heads, 1, head_dim), float32, to be added to the attention output:
-        what the quantised value is short of on average, so that rounding does not move the mean.
+        quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale as by :func:`quantize`;
+        mean (batch, heads, 1, head_dim), float32, to be added to the attention output: what the
+        quantised value is short of on average, so that rounding does not move the mean. With
+        ``hadamard`` all three are of the transformed value: so is attention over it.
     """
     x = x.float()
-    quantized, descale = _to_fp8(x - x.mean(dim=2, keepdim=True), 1)
-    mean = (x - quantized.float() * per_head(descale, x.shape[1])).mean(dim=2, keepdim=True)
+    if hadamard:
+        x = _hadamard(x)
+    centered = x - x.mean(dim=2, keepdim=True)
+    quantized, descale = _to_dtype(centered, 1, scales, FP8, static_descale)
+    mean = (x - dequantize(quantized, descale)).mean(dim=2, keepdim=True)
     return quantized, descale, mean
 
 
-def _to_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    amax = x.abs().amax(dim=(2, 3))
-    if group_size != 1:
-        amax = amax.unflatten(1, (-1, group_size)).amax(dim=2)
-    descale = torch.where(amax > 0, amax / FP8_MAX, 1.0)
-    scale = per_head(descale, x.shape[1])
-    quantized = (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply every row by the Hadamard matrix, divided by the root of its size.
+
+    The matrix is its own inverse and leaves products of two transformed rows as they were; a number
+    far larger than its neighbours is spread over all lanes.
+
+    Args:
+        x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16; head_dim is a power of
+            two.
+
+    Returns:
+        of x's shape and dtype, stored in the order (batch, tokens, heads, head_dim).
+    """
+    dim = x.shape[-1]
+    return to_bshd_storage(((x @ _hadamard_matrix(x)).float() * dim**-0.5).to(x.dtype))
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    return x @ _hadamard_matrix(x) * x.shape[-1] ** -0.5
+
+
+def _hadamard_matrix(x: Tensor) -> Tensor:
+    """(head_dim, head_dim) of 1 and -1: minus where row and column share an odd count of bits."""
+    lanes = torch.arange(x.shape[-1], device=x.device)
+    parity = lanes[:, None] & lanes[None, :]
+    for shift in (4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return (1 - 2 * (parity & 1)).to(x.dtype)
+
+
+def _to_dtype(
+    x: Tensor, group_size: int, scales: str, dtype: torch.dtype, static: float | None
+) -> tuple[Tensor, Tensor]:
+    largest = LARGEST[dtype]
+    if static is not None:
+        shape = (x.shape[0], x.shape[1] // group_size)
+        descale = torch.full(shape, static, dtype=torch.float32, device=x.device)
+    else:
+        amax = _largest(x.abs(), group_size, scales)
+        descale = torch.where(amax > 0, amax / largest, 1.0)
+    x = (x / expand_descale(descale, x)).clamp(-largest, largest)
+    quantized = (x.round() if dtype == torch.int8 else x).to(dtype)
     return to_bshd_storage(quantized), descale
+
+
+def _largest(magnitudes: Tensor, group_size: int, scales: str) -> Tensor:
+    """The largest of what shares a scale."""
+    if scales == "token":
+        return magnitudes.amax(dim=3, keepdim=True)
+    if scales == "block":
+        tokens = magnitudes.shape[2]
+        missing = -tokens % TOKEN_BLOCK
+        rows = F.pad(magnitudes.amax(dim=3), (0, missing))
+        return rows.unflatten(2, (-1, TOKEN_BLOCK)).amax(dim=3)
+    amax = magnitudes.amax(dim=(2, 3))
+    return amax if group_size == 1 else amax.unflatten(1, (-1, group_size)).amax(dim=2)
+
+
+def dequantize(x: Tensor, descale: Tensor) -> Tensor:
+    """A quantised operand in float32; see :func:`expand_descale`."""
+    return x.float() * expand_descale(descale, x)
+
+
+def expand_descale(descale: Tensor, x: Tensor) -> Tensor:
+    """Scales in a shape that broadcasts over x, (batch, heads, tokens, dim).
+
+    Args:
+        descale: (batch, kv_heads): one for each head and its group; (batch, kv_heads, blocks): one
+            for each 128 tokens; four dimensions, each of x's size or 1, but heads as above.
+        x: what is scaled.
+    """
+    if descale.dim() == 2:
+        return per_head(descale, x.shape[1])
+    if descale.dim() == 3:
+        descale = descale[..., None].expand(-1, -1, -1, TOKEN_BLOCK).flatten(2, 3)
+        descale = descale[:, :, : x.shape[2], None]
+    group = x.shape[1] // descale.shape[1]
+    return descale if group == 1 else descale.repeat_interleave(group, dim=1)
 
 
 def per_head(descale: Tensor, heads: int) -> Tensor:
@@ -144,10 +236,10 @@ def sdpa_quantized(
     """Attention over quantised operands; float32 inside, the probabilities included.
 
     Args:
-        query: (batch, heads, query_tokens, head_dim), float8_e4m3fn.
-        key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
+        query: (batch, heads, query_tokens, head_dim), float8_e4m3fn or int8.
+        key: (batch, kv_heads, key_tokens, head_dim), the query's dtype; kv_heads divides heads.
         value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
-        q_descale, k_descale, v_descale: (batch, kv_heads), float32.
+        q_descale, k_descale, v_descale: float32; see :func:`expand_descale`.
         v_mean: (batch, kv_heads, 1, value_head_dim), float32, what centring took off the value;
             added to the result of every query that sees a key.
         attn_mask, lower, upper, chunk: see :class:`lp_inductor.visibility.Visibility`.
@@ -157,9 +249,8 @@ def sdpa_quantized(
         (batch, heads, query_tokens, value_head_dim) in ``out_dtype``; zeros for queries that see
         no key.
     """
-    q = query.float() * per_head(q_descale, query.shape[1])
-    k = key.float() * per_head(k_descale, key.shape[1])
-    v = value.float() * per_head(v_descale, value.shape[1])
+    q, k = dequantize(query, q_descale), dequantize(key, k_descale)
+    v = dequantize(value, v_descale)
     visible = Visibility(lower, upper, chunk, attn_mask)
     mask = None
     if not visible.is_causal:

@@ -9,7 +9,8 @@ from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -32,22 +33,32 @@ class Inliner:
         self._traced: dict[Hashable, GraphModule] = {}
 
     def inline(
-        self, emitter: Emitter, function: Callable[..., Any], args: Sequence[Any]
+        self,
+        emitter: Emitter,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        constants: Mapping[str, Hashable] | None = None,
     ) -> list[Node | None]:
-        """Emit what ``function(*args)`` does in front of the emitter's site.
+        """Emit what ``function(*args, **constants)`` does in front of the emitter's site.
 
         ``args`` are nodes and constants. Returns the nodes of the function's tensor results.
         """
-        traced = self._trace(emitter, function, args)
+        traced = self._trace(emitter, function, args, constants or {})
         nodes = [arg for arg in args if isinstance(arg, Node)]
         return _copy_into(emitter, traced, nodes)
 
     def _trace(
-        self, emitter: Emitter, function: Callable[..., Any], args: Sequence[Any]
+        self,
+        emitter: Emitter,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        constants: Mapping[str, Hashable],
     ) -> GraphModule:
-        key = (function, tuple(_signature(arg) for arg in args))
+        named = tuple(sorted(constants.items()))
+        key = (function, tuple(_signature(arg) for arg in args), named)
         if key not in self._traced:
-            self._traced[key] = trace(function, args, emitter.fake_mode)
+            bound = functools.partial(function, **constants)
+            self._traced[key] = trace(bound, args, emitter.fake_mode)
         return self._traced[key]
 
 

@@ -24,16 +24,17 @@ from lp_inductor.passes.result import Miss, MissCode
 from lp_inductor.passes.rewrite import Rewriter
 from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
 from lp_inductor.passes.site_mask import SiteMask
+from lp_inductor.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A kernel that is to serve a site."""
+    """A kernel that is to serve a site, and how its operands are quantised."""
 
     kernel: str
-    granularity: str
+    quantization: Quantization
 
 
 #: Decides on a matched call: module name and call in, a kernel or the reason for none out.
@@ -44,8 +45,6 @@ Decide = Callable[[str, AttentionCall], "Decision | Miss"]
 class PipelineOptions:
     """What of the configuration changes graphs."""
 
-    smooth_k: bool = True
-    smooth_v: bool = True
     fuse_rope: bool = True
 
 
@@ -61,7 +60,7 @@ def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[S
     if not nodes:
         return refused
     matcher = SiteMatcher(options.fuse_rope)
-    rewriter = Rewriter(graph, options.smooth_k, options.smooth_v)
+    rewriter = Rewriter(graph)
     inliner = Inliner()
     sites = refused
     for number, node in enumerate(nodes, start=len(refused)):
@@ -93,7 +92,7 @@ def _run_site(
         site = _record(sdpa, module, mask, match, decision)
         if written is not None:
             written.accept(node)
-        rewriter.rewrite_site(match, decision.kernel, number)
+        rewriter.rewrite_site(match, decision.kernel, decision.quantization, number)
         return site
     assert isinstance(decision, Miss)
     site = _record(sdpa, module, mask, match, decision)
@@ -131,7 +130,7 @@ def _record(
         rope,
         "unknown" if isinstance(mask, Miss) else mask.describe(),
         fused.kernel if fused else None,
-        fused.granularity if fused else None,
+        fused.quantization.describe() if fused else None,
         None if isinstance(decision, Decision) else _frozen(decision),
         q,
         k,

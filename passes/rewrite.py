@@ -18,7 +18,8 @@ After::
     out = attention + mean            # in float32, then the original dtype
 
 Where the ATen overload cannot say what is meant (its output is always bfloat16, with the query's
-head_dim, and it takes no mask but the causal one), ``lp_inductor.sdpa_quantized`` takes its place.
+head_dim, it takes no mask but the causal one, and only scales of whole heads),
+``lp_inductor.sdpa_quantized`` takes its place.
 A mask that is proved is gone from the graph; what is left of it to run-time data stays a tensor.
 V's mean goes with it: a query that sees no key must not get it.
 """
@@ -36,6 +37,7 @@ from lp_inductor.passes.match import Operand, SiteMatch
 from lp_inductor.passes.movement import shape_of, value_of
 from lp_inductor.passes.rope import RopeMatch
 from lp_inductor.passes.tables import Table
+from lp_inductor.quantization import FP8, Quantization
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -49,14 +51,14 @@ SITE_META = "lp_inductor_site"
 class Rewriter:
     """Rewrites the sites of one graph, in graph order, so that they may share table views."""
 
-    def __init__(self, graph: Graph, smooth_k: bool, smooth_v: bool) -> None:
+    def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._smooth_k = smooth_k
-        self._smooth_v = smooth_v
         self._tables: dict[Table, Node] = {}
         self._masks: dict[KeyMask | Node, Node | None] = {}
 
-    def rewrite_site(self, match: SiteMatch, kernel: str, number: int = 0) -> None:
+    def rewrite_site(
+        self, match: SiteMatch, kernel: str, quantization: Quantization, number: int = 0
+    ) -> None:
         """Replace the site by quantised attention, and erase what it alone used.
 
         ``number`` is the site's place in the report.
@@ -64,28 +66,58 @@ class Rewriter:
         site = match.sdpa.node
         emitter = Emitter(self._graph, site)
         former_inputs = list(site.all_input_nodes)
-        query, q_descale = self._quantize(emitter, match.query, match.group_size, center=False)
-        key, k_descale = self._quantize(emitter, match.key, 1, center=self._smooth_k)
-        value, v_descale, mean = self._quantize_value(emitter, match.value)
+        query, q_descale = self._quantize_query(emitter, match, quantization)
+        key, k_descale = self._quantize_key(emitter, match, quantization)
+        value, v_descale, mean = self._quantize_value(emitter, match.value, quantization)
         operands = (query, key, value, q_descale, k_descale, v_descale)
-        if _aten_says_it(match):
+        if _aten_says_it(match, quantization):
             attention = _aten_attention(emitter, match, operands, kernel)
             if mean is not None:
                 attention = _add_mean(emitter, attention, mean, match.group_size)
         else:
             attention = self._own_attention(emitter, match, (*operands, mean), kernel)
+        if quantization.hadamard_v:
+            attention = _to_dtype(emitter, attention, value_of(site).dtype)
+            attention = emitter.call(torch.ops.lp_inductor.hadamard.default, attention)
         result = _like(emitter, attention, site)
         result.meta[SITE_META] = number
         emitter.replace_site(result)
         erase_dead(self._graph, former_inputs)
 
+    def _quantize_query(
+        self, emitter: Emitter, match: SiteMatch, quantization: Quantization
+    ) -> tuple[Node, Node]:
+        options = _options(
+            scales=quantization.query_scales,
+            hadamard=quantization.hadamard_qk,
+            dtype=quantization.qk_dtype,
+            static_descale=quantization.static_descale(0),
+        )
+        return self._quantize(emitter, match.query, match.group_size, False, options)
+
+    def _quantize_key(
+        self, emitter: Emitter, match: SiteMatch, quantization: Quantization
+    ) -> tuple[Node, Node]:
+        options = _options(
+            scales=quantization.key_scales,
+            hadamard=quantization.hadamard_qk,
+            dtype=quantization.qk_dtype,
+            static_descale=quantization.static_descale(1),
+        )
+        return self._quantize(emitter, match.key, 1, quantization.smooth_k, options)
+
     def _quantize(
-        self, emitter: Emitter, operand: Operand, group_size: int, center: bool
+        self,
+        emitter: Emitter,
+        operand: Operand,
+        group_size: int,
+        center: bool,
+        options: dict[str, object],
     ) -> tuple[Node, Node]:
         source = operand.source.emit(emitter)
         rope = self._rope_arguments(emitter, operand.rope)
         both = emitter.call(
-            torch.ops.lp_inductor.quantize.default, source, *rope, group_size, center
+            torch.ops.lp_inductor.quantize.default, source, *rope, group_size, center, **options
         )
         return _outputs(emitter, both, 2)  # type: ignore[return-value]
 
@@ -99,11 +131,18 @@ class Rewriter:
             tables.append(self._tables[table])
         return (*tables, rope.interleaved, rope.start, rope.width)
 
-    def _quantize_value(self, emitter: Emitter, operand: Operand) -> tuple[Node, Node, Node | None]:
-        if not self._smooth_v:
-            return (*self._quantize(emitter, operand, 1, center=False), None)
+    def _quantize_value(
+        self, emitter: Emitter, operand: Operand, quantization: Quantization
+    ) -> tuple[Node, Node, Node | None]:
+        options = _options(
+            scales=quantization.value_scales,
+            hadamard=quantization.hadamard_v,
+            static_descale=quantization.static_descale(2),
+        )
+        if not quantization.smooth_v:
+            return (*self._quantize(emitter, operand, 1, False, options), None)
         source = operand.source.emit(emitter)
-        all_three = emitter.call(torch.ops.lp_inductor.quantize_centered.default, source)
+        all_three = emitter.call(torch.ops.lp_inductor.quantize_centered.default, source, **options)
         return _outputs(emitter, all_three, 3)  # type: ignore[return-value]
 
     def _own_attention(
@@ -124,9 +163,17 @@ class Rewriter:
         )
 
 
-def _aten_says_it(match: SiteMatch) -> bool:
+def _options(**given: object) -> dict[str, object]:
+    """Keyword arguments of a quantise operator that differ from its defaults."""
+    defaults = {"scales": "head", "hadamard": False, "dtype": FP8, "static_descale": None}
+    return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+def _aten_says_it(match: SiteMatch, quantization: Quantization) -> bool:
     """Whether the ATen overload can say what the site means."""
     call = match.attention_call()
+    if quantization.query_scales != "head" or quantization.qk_dtype != FP8:
+        return False
     served = call.dtype == torch.bfloat16 and call.head_dim == call.value_head_dim
     return served and (call.is_causal or not call.mask)
 
@@ -165,8 +212,7 @@ def _add_mean(emitter: Emitter, attention: Node, mean: Node, group_size: int) ->
 def _like(emitter: Emitter, node: Node, site: Node) -> Node:
     """Give ``node`` the dtype and the strides that the site's result had."""
     wanted = value_of(site)
-    if value_of(node).dtype != wanted.dtype:
-        node = emitter.call(prims.convert_element_type.default, node, wanted.dtype)
+    node = _to_dtype(emitter, node, wanted.dtype)
     if _storage_order(value_of(node)) == _storage_order(wanted):
         return node
     order = _storage_order(wanted)
@@ -176,6 +222,12 @@ def _like(emitter: Emitter, node: Node, site: Node) -> Node:
     node = emitter.call(aten.permute.default, node, order)
     node = emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
     return emitter.call(aten.permute.default, node, inverse)
+
+
+def _to_dtype(emitter: Emitter, node: Node, dtype: torch.dtype) -> Node:
+    if value_of(node).dtype == dtype:
+        return node
+    return emitter.call(prims.convert_element_type.default, node, dtype)
 
 
 def _storage_order(value: torch.Tensor) -> list[int]:

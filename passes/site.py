@@ -64,7 +64,8 @@ class Site:
         mask: "none", "causal" or the form that was proved, then what is left to a tensor: "keys"
             (which keys count), "bool" (any bool mask) or "bias" (added to the scores).
         kernel: the kernel that serves it; None where not rewritten.
-        granularity: what one quantisation scale covers; None where not rewritten.
+        granularity: what one quantisation scale covers, such as "per_head", and then what is not
+            the default: "int8" (query and key), "hadamard qk"; None where not rewritten.
         miss: why the call was not rewritten; None where it was.
         rope_miss: why a rotation that was seen is left to the model's own code; None where all
             that was seen is fused.

@@ -21,7 +21,7 @@ from lp_inductor.config import field_names, make_config
         ({"granularity": "per_heads"}, "did you mean 'per_head'"),
         ({"granularity": 3}, "expected a string"),
         ({"qk_dtype": "fp4"}, "did you mean 'fp8'"),
-        ({"hadamard": "qkv"}, "expected one of 'none'"),
+        ({"hadamard": "all"}, "expected one of 'none'"),
         ({"on_miss": "rais"}, "did you mean 'raise'"),
         ({"min_seq_len": -1}, "int >= 0"),
         ({"min_seq_len": True}, "int >= 0"),

@@ -140,13 +140,13 @@ def test_a_named_kernel_is_not_replaced_by_another(counting: Counting) -> None:
 
 
 def test_the_granularity_asked_for_is_the_kernels(counting: Counting) -> None:
-    counting.granularity = "per_token"
+    counting.granularities = ("per_tensor",)
     asked = Fp8Config(granularity="per_head")
     chosen = choose_kernel(asked, call())
     assert not isinstance(chosen, Miss) and chosen.name == "reference"
     named = choose_kernel(Fp8Config(kernel="counting", granularity="per_head"), call())
     assert isinstance(named, Miss) and named.code is MissCode.KERNEL_UNSUPPORTED
-    assert "per_token" in named.detail
+    assert "per_tensor" in named.detail
 
 
 def test_a_kernels_own_bound_counts(counting: Counting) -> None:

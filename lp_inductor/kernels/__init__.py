@@ -6,6 +6,7 @@ from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart, Visibility
 from lp_inductor.kernels.registry import (
     choose_kernel,
     get_kernel,
+    granularity_of,
     register_kernel,
     registered_kernels,
     unregister_kernel,
@@ -18,6 +19,7 @@ __all__ = [
     "Visibility",
     "choose_kernel",
     "get_kernel",
+    "granularity_of",
     "register_kernel",
     "registered_kernels",
     "unregister_kernel",

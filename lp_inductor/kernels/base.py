@@ -24,10 +24,15 @@ class Kernel(abc.ABC):
     name: str
     #: Changes whenever results may change: part of every cache key.
     version: str = "1"
-    #: What one quantisation scale covers.
-    granularity: str = "per_head"
+    #: What one quantisation scale may cover, the preferred first: "per_head" or "per_block"
+    #: (:class:`lp_inductor.quantization.Quantization`).
+    granularities: tuple[str, ...] = ("per_head",)
+    #: The number formats of query and key it takes.
+    qk_dtypes: frozenset[torch.dtype] = frozenset({torch.float8_e4m3fn})
     #: Fewest key tokens at which the kernel pays against bf16 attention.
     min_seq_len: int = 0
+    #: Whether its code goes into an AOTInductor package, which has no Python.
+    portable: bool = False
     #: The parts of masks it takes, in any combination.
     masks: frozenset[MaskPart] = frozenset({MaskPart.CAUSAL})
     #: Whether ``run`` adds ``v_mean`` itself; otherwise that happens behind it, in float32.
@@ -59,10 +64,11 @@ class Kernel(abc.ABC):
         """Attention over quantised operands.
 
         Args:
-            query: (batch, heads, query_tokens, head_dim), float8_e4m3fn.
-            key: (batch, kv_heads, key_tokens, head_dim), float8_e4m3fn; kv_heads divides heads.
+            query: (batch, heads, query_tokens, head_dim), of a dtype in ``qk_dtypes``.
+            key: (batch, kv_heads, key_tokens, head_dim), likewise; kv_heads divides heads.
             value: (batch, kv_heads, key_tokens, value_head_dim), float8_e4m3fn.
-            q_descale, k_descale, v_descale: (batch, kv_heads), float32.
+            q_descale, k_descale, v_descale: float32. With scales per head (batch, kv_heads); those
+                of other granularities in :func:`lp_inductor.reference.expand_descale`.
             v_mean: (batch, kv_heads, 1, value_head_dim), float32, to be added to the result of
                 every query that sees a key; None unless ``adds_mean``.
             visible: which keys each query sees, of the parts that ``masks`` names.

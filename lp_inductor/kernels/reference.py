@@ -20,6 +20,9 @@ class ReferenceKernel(Kernel):
     name = "reference"
     masks = frozenset(MaskPart)
     adds_mean = True
+    granularities = ("per_head", "per_block")
+    qk_dtypes = frozenset({torch.float8_e4m3fn, torch.int8})
+    portable = True
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On every CPU and CUDA device."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+import torch
+
 from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
 from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart
@@ -11,6 +13,7 @@ from lp_inductor.kernels.fa3 import Fa3Kernel
 from lp_inductor.kernels.fa4 import Fa4Kernel
 from lp_inductor.kernels.reference import ReferenceKernel
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.quantization import HADAMARD_DIMS
 
 #: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
 _KERNELS: dict[str, Kernel] = {
@@ -98,11 +101,36 @@ def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
 
 
 def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | Miss:
-    """Whether an available kernel serves ``call`` at the granularity the configuration asks."""
-    if config.granularity not in ("auto", kernel.granularity):
-        return Miss(MissCode.KERNEL_UNSUPPORTED, f"{kernel.name} has {kernel.granularity} scales")
+    """Whether an available kernel serves ``call`` as the configuration wants it quantised."""
+    quantized = check_quantization(kernel, config, call)
+    if isinstance(quantized, Miss):
+        return quantized
     masks = check_mask_parts(kernel, call)
     return masks if isinstance(masks, Miss) else kernel.supports(call)
+
+
+def granularity_of(kernel: Kernel, config: Fp8Config) -> str | None:
+    """What one scale covers where the kernel serves the configuration; None if it does not."""
+    wanted = "per_block" if config.qk_dtype == "int8" else config.granularity
+    if wanted == "auto":
+        return kernel.granularities[0]
+    return wanted if wanted in kernel.granularities else None
+
+
+def check_quantization(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | Miss:
+    """Whether the kernel takes the scales and numbers asked for, and the head size a transform."""
+    if granularity_of(kernel, config) is None:
+        has = " and ".join(kernel.granularities)
+        return Miss(MissCode.KERNEL_UNSUPPORTED, f"{kernel.name} has {has} scales")
+    if config.qk_dtype == "int8" and torch.int8 not in kernel.qk_dtypes:
+        return Miss(MissCode.KERNEL_UNSUPPORTED, f"{kernel.name} takes no int8 query and key")
+    dims = {"qk": call.head_dim, "v": call.value_head_dim}
+    for operands, dim in dims.items():
+        if operands in config.hadamard and dim not in HADAMARD_DIMS:
+            return Miss(
+                MissCode.HEAD_DIM, f"no Hadamard transform of {dim} lanes, only of {HADAMARD_DIMS}"
+            )
+    return OK
 
 
 def check_mask_parts(kernel: Kernel, call: AttentionCall) -> Ok | Miss:
