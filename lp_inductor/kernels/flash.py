@@ -139,35 +139,38 @@ class FlashKernel(Kernel):
         whole = (batch, query_len, heads, value.shape[3])
         if window.is_empty:
             return query.new_zeros(whole, dtype=out_dtype).transpose(1, 2)
-        (first, last), keys = window.rows, slice(*window.keys)
-        out = self.forward(
-            _operand(query[:, :, first:last]), _operand(key[:, :, keys]),
-            _operand(value[:, :, keys]), q_descale, k_descale, v_descale,
-            scale=scale, window=window,
+        operands = (
+            _operand(query, window.rows), _operand(key, window.keys), _operand(value, window.keys)
         )  # fmt: skip
+        out = self.forward(*operands, q_descale, k_descale, v_descale, scale=scale, window=window)
         if v_mean is not None:
             out = _add_mean(out, v_mean, out_dtype)
-        out = out.to(out_dtype)
-        if last - first != query_len:
+        elif out.dtype != out_dtype:
+            out = out.to(out_dtype)
+        if window.rows != (0, query_len):
             out, seen = out.new_zeros(whole), out
-            out[:, first:last] = seen
+            out[:, slice(*window.rows)] = seen
         return out.transpose(1, 2)
 
 
-def _operand(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, dim) as a library wants it: a view wherever that is possible."""
+def _operand(x: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """Tokens of (batch, heads, tokens, dim) as a library wants them: a view where possible."""
+    if tokens != (0, x.shape[2]):
+        x = x[:, :, slice(*tokens)]
     x = x.transpose(1, 2)
     *strides, last = x.stride()
-    aligned = not any(stride * x.element_size() % _ALIGNMENT for stride in strides)
-    if last == 1 and aligned and x.data_ptr() % _ALIGNMENT == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    size = x.element_size()
+    aligned = x.data_ptr() % _ALIGNMENT == 0 and all(s * size % _ALIGNMENT == 0 for s in strides)
+    return x if aligned and last == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Add (batch, kv_heads, 1, dim), float32, to (batch, tokens, heads, dim), bfloat16."""
+    """Add (batch, kv_heads, 1, dim), float32, to (batch, tokens, heads, dim), bfloat16.
+
+    Added in float32 and rounded once, in one pass; in place where the dtypes allow it.
+    """
     batch, kv_heads, _, dim = mean.shape
-    grouped = out.unflatten(2, (kv_heads, -1))
+    result = out if out.dtype == out_dtype else torch.empty_like(out, dtype=out_dtype)
     mean = mean.reshape(batch, 1, kv_heads, 1, dim)
-    total: Tensor = grouped.add_(mean) if out.dtype == out_dtype else grouped + mean
-    return total.flatten(2, 3)
+    torch.add(out.unflatten(2, (kv_heads, -1)), mean, out=result.unflatten(2, (kv_heads, -1)))
+    return result
