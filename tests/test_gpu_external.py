@@ -189,6 +189,28 @@ def test_a_graph_is_captured_and_replayed_on_new_operands() -> None:
     assert sqnr(exact(*fresh, is_causal=True), result) >= 25
 
 
+def test_a_length_that_varies() -> None:
+    compiled = compile_fp8(models.llama, FA3, fullgraph=True)
+    for length in (128, 192, 320):
+        operands = [t.cuda() for t in qkv(kv_heads=2, query_len=length, key_len=length)]
+        for tensor in operands:
+            torch._dynamo.mark_dynamic(tensor, 2, min=2, max=4096)
+        with torch.no_grad():
+            result = compiled(*operands)
+        assert sqnr(models.llama(*(t.double() for t in operands)), result) >= MIN_DB
+
+
+def test_a_stream_of_the_users_own() -> None:
+    operands = normal(batch=1, query_len=2048)
+    expected = fp8(*operands, is_causal=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = [fp8(*operands, is_causal=True) for _ in range(8)]
+    stream.synchronize()
+    assert all(torch.equal(expected, result) for result in results)
+
+
 # --- what the user has activated ------------------------------------------------------------------
 
 
