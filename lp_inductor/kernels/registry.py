@@ -11,13 +11,17 @@ from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
 from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart
 from lp_inductor.kernels.crossovers import Curve, measured_curves
+from lp_inductor.kernels.fa3 import Fa3Kernel
+from lp_inductor.kernels.fa4 import Fa4Kernel
 from lp_inductor.kernels.measured import SPEEDUPS
 from lp_inductor.kernels.reference import ReferenceKernel
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.quantization import HADAMARD_DIMS
 
 #: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
-_KERNELS: dict[str, Kernel] = {k.name: k for k in (ActivatedKernel(), ReferenceKernel())}
+_KERNELS: dict[str, Kernel] = {
+    k.name: k for k in (ActivatedKernel(), Fa3Kernel(), Fa4Kernel(), ReferenceKernel())
+}
 _BUILT_IN = frozenset(_KERNELS)
 
 
