@@ -40,6 +40,7 @@ class Fa4Kernel(FlashKernel):
     """
 
     name = "fa4"
+    measured_as = "fa4"
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On compute capability 10.x, with a flash-attn-4 whose forward pass takes descales."""
