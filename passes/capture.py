@@ -309,8 +309,24 @@ def _specialize_heads(operands: dict[str, Any], exported: bool) -> Ok | Miss:
             size = operands[name].shape[dim]
             if exported and not isinstance(size, int):
                 return Miss(MissCode.DYNAMIC_DIM, f"{name} has {size} in dimension {dim}")
-            int(size)
+            if isinstance(size, torch.SymInt) and not _specialize(size):
+                return Miss(MissCode.RANK, f"only data tell {size}, dimension {dim} of {name}")
     return OK
+
+
+def _specialize(size: torch.SymInt) -> bool:
+    """Guard on every symbol of a size: a guard on 8 // s * s, say, would leave s open.
+
+    False for a size that only run-time data tell.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+
+    if free_unbacked_symbols(size):
+        return False
+    shape_env = size.node.shape_env
+    for symbol in free_symbols(size):
+        int(shape_env.create_symintnode(symbol, hint=None))
+    return True
 
 
 def _is_zero(dropout: Any) -> bool:

@@ -99,6 +99,9 @@ class SiteMatcher:
         if isinstance(mask, Miss):
             return mask
         axes = operand_axes(sdpa)
+        symbolic = [name for name, a in axes.items() if not a.heads.is_Integer]
+        if symbolic:
+            return Miss(MissCode.RANK, f"the number of heads of {symbolic[0]} is symbolic")
         heads = int(axes["query"].heads)
         query, key, rope_miss = self._match_ropes(sdpa, axes, 1)
         value = _placed(sdpa.value, axes["value"], 1)

@@ -603,3 +603,21 @@ convert_element_type_default_1 = convert_element_type(add_tensor, torch.bfloat16
 clone_default = clone(convert_element_type_default_1, memory_format=torch.contiguous_format)
 return clone_default""",
         )
+
+
+def test_other_numbers_of_heads_are_other_compiles() -> None:
+    """Automatic dynamic shapes make heads symbolic, alone or in ``8 // s * s``; kernels fix them."""
+    for heads, kv_heads, tokens, dim in (
+        (8, 4, 16, 32),
+        (8, 4, 24, 16),
+        (4, 2, 12, 8),
+        (4, 1, 9, 8),
+    ):
+        q, k, v = (
+            torch.randn(1, n, tokens, dim, dtype=torch.bfloat16)
+            for n in (heads, kv_heads, kv_heads)
+        )
+        with torch.no_grad():
+            (site,) = lp_inductor.explain(models.llama, q, k, v).sites
+        assert site.fused and site.rope is not None, site.miss
+        assert (site.query_shape[1], site.key_shape[1]) == (heads, kv_heads)

@@ -193,7 +193,7 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, int, tuple[Any,
         return None, 0, (0, 0, 0, 0)
     strides = tuple(0 if _one(mask, dim) else mask.stride(dim) for dim in range(4))
     if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), 1, strides
+        return mask, 1, strides
     return mask, 2, strides
 
 

@@ -84,13 +84,17 @@ def apply_mask_tensor(
         if EDGE:
             natural = tl.minimum(natural, key_len - 1)
         offsets = rows.to(tl.int64)[:, None] * stride_mm + natural.to(tl.int64)[None, :] * stride_mn
-        given = from_key_order(tl.load(mask_ptr + offsets), BLOCK_M, BLOCK_N)
+        given = tl.load(mask_ptr + offsets)
+        if MASK == 1:
+            given = given.to(tl.int8)
+        given = from_key_order(given, BLOCK_M, BLOCK_N)
     else:
         if EDGE:
             keys = tl.minimum(keys, key_len - 1)
         given = tl.load(mask_ptr + keys.to(tl.int64) * stride_mn)
     if MASK == 1:
-        visible = given != 0 if PER_ROW else (given != 0)[None, :]
+        visible = given.to(tl.int8) != 0
+        visible = visible if PER_ROW else visible[None, :]
         return tl.where(visible, s, float("-inf"))
     # A finite bias stays finite in units of log2, however low: a row of nothing but the lowest
     # number attends to all its keys alike.
