@@ -34,9 +34,11 @@ class RawQuery:
     hadamard: bool = False
 
 
-def takes_raw_query(head_dim: int) -> bool:
-    """Whether the attention kernel can quantise queries of this size itself."""
-    return split_dim(head_dim) == (head_dim, 0)
+def takes_raw_query(head_dim: int, value_head_dim: int, out_dtype: torch.dtype) -> bool:
+    """Whether the attention kernel can quantise queries itself: a row and its scale must fit into the result's."""
+    whole = split_dim(head_dim) == (head_dim, 0)
+    row = value_head_dim * out_dtype.itemsize
+    return whole and row >= head_dim + 4 and row % 4 == 0
 
 
 def transpose_value(value: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def attention_triton(
     kv_heads, key_len, dim_v = key.shape[1], key.shape[2], value_t.shape[2]
     visible = visible or Visibility()
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if raw_query is not None and not takes_raw_query(head_dim):
+    if raw_query is not None and not takes_raw_query(head_dim, dim_v, out_dtype):
         raise ValueError(f"the kernel does not quantise queries of head_dim {head_dim}")
     if blocks is None:
         blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))

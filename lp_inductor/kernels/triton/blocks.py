@@ -55,7 +55,7 @@ def choose_blocks(
         shared_memory: bytes that one program may use; 0: Triton's interpreter runs the kernel.
     """
     if shared_memory == 0:
-        return Blocks(32, 32, 4, 1)
+        return Blocks(32, 64, 4, 1)
     per_row_mask = mask is not None and not known(mask.shape[2] == 1)
     mask_bytes = mask.element_size() if mask is not None and per_row_mask else 0
     small = shared_memory < 200 * 1024

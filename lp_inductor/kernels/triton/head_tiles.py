@@ -61,9 +61,13 @@ def _table(
         mask = exists & ((lane >= 0) & (lane < WIDTH))[None, :]
         both = tl.load(rows + lane[None, :] * stride_d, mask=mask, other=other)
         return tl.split(tl.reshape(both, (TILE, DP // 2, 2)))
-    low = _table_half(rows, low_lanes, exists, stride_d, other, ROPE, START, WIDTH, TABLE)
     if ROPE == 2:
+        # The compiler sees that these entries are neighbours; it would not see it of lanes halved.
+        entry = tl.arange(0, DP // 2) - START // 2
+        mask = exists & ((entry >= 0) & (entry < WIDTH // 2))[None, :]
+        low = tl.load(rows + entry[None, :] * stride_d, mask=mask, other=other)
         return low, low
+    low = _table_half(rows, low_lanes, exists, stride_d, other, ROPE, START, WIDTH, TABLE)
     high = _table_half(rows, high_lanes, exists, stride_d, other, ROPE, START, WIDTH, TABLE)
     return low, high
 

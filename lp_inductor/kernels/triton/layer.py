@@ -87,7 +87,7 @@ def attention_layer(
     if per_head:
         raw_query = False
     elif raw_query is None:
-        raw_query = takes_raw_query(head_dim) and head_dim <= 128
+        raw_query = takes_raw_query(head_dim, dim_v, out_dtype) and head_dim <= 128
     operands = Operands(
         None if raw_query else query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v
     )

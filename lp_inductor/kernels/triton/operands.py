@@ -115,11 +115,7 @@ def choose_cut(operands: Operands) -> Cut:
         return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), KEY_BLOCK, 4)
     q_together = 4 if operands.q_rope is not None else 1
     k_together = 4 if operands.k_rope is not None else 1
-    wide = max(t.shape[-1] for t in (operands.key, operands.value, operands.query) if t is not None)
-    return Cut(
-        _divisor(q_heads, q_together), _divisor(k_heads, k_together), 1, KEY_BLOCK,
-        16 if wide > 128 else 8,
-    )  # fmt: skip
+    return Cut(_divisor(q_heads, q_together), _divisor(k_heads, k_together), 1, KEY_BLOCK, 16)
 
 
 def _divisor(heads: int, most: int) -> int:
