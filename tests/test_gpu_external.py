@@ -23,7 +23,7 @@ from tests.helpers import compile_fp8, sqnr
 from tests.test_rewrites import MIN_DB, REWRITTEN, qkv
 
 DEVICE = torch.device("cuda")
-FA3 = Fp8Config(kernel="fa3")
+FA3 = Fp8Config(kernel="fa3", force=True)
 
 
 def missing_fa3() -> str | None:
@@ -82,8 +82,9 @@ def test_accuracy(dim: int, kv_heads: int, is_causal: bool) -> None:
     q, k, v = normal(dim=dim, kv_heads=kv_heads, query_len=1000)
     result = fp8(q, k, v, is_causal=is_causal)
     assert result.dtype == torch.bfloat16
-    # FA3's kernel for 256 lanes loses half a decibel in the sums of the scores.
-    least = 25 if dim <= 192 else 24.5
+    # FA3's kernel for 256 lanes loses half a decibel in the sums of the scores; with 16 lanes few
+    # roundings even out.
+    least = 25 if 16 < dim <= 192 else 24.5
     assert sqnr(exact(q, k, v, is_causal=is_causal), result) >= least
 
 
@@ -163,7 +164,11 @@ def test_compiled(name: str, mode: str) -> None:
         (site,) = lp_inductor.explain(model, *operands, config=FA3).sites
         torch._dynamo.reset()
         compiled = torch.compile(
-            model, backend="lp_fp8", options={"kernel": "fa3"}, mode=None, fullgraph=True
+            model,
+            backend="lp_fp8",
+            options={"kernel": "fa3", "force": True},
+            mode=None,
+            fullgraph=True,
         )
         if mode != "default":
             compiled = compile_fp8(model, FA3, fullgraph=True, mode=mode)
@@ -251,7 +256,7 @@ def activated() -> Iterator[None]:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_activated(activated: None, mode: str) -> None:
     """The ATen overload, as PyTorch's dispatcher has it, eager and compiled."""
-    config = Fp8Config(kernel="activated")
+    config = Fp8Config(kernel="activated", force=True)
     operands = [t.cuda() for t in qkv(kv_heads=2)]
     wanted = models.llama(*(t.double() for t in operands))
     with torch.no_grad():

@@ -7,6 +7,7 @@ caches. The kernels alone are tested in test_gpu_kernels.py, and in the interpre
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -96,8 +97,13 @@ def test_the_code_holds_the_kernels() -> None:
     compiled = compile_fp8(models.llama, TRITON, fullgraph=True)
     with torch.no_grad():
         _, (code,) = run_and_get_code(compiled, *long())
-    assert "attention_forward" in code and "lp_inductor.sdpa_quantized" not in code
-    assert code.count(".run(") <= 6, code
+    assert "lp_inductor.sdpa_quantized" not in code
+    launched = re.findall(r"(\w+?)_\d+\.run\(", code)
+    ours = [name for name in launched if not name.startswith("triton_")]
+    assert ours in (
+        ["sample_means", "quantize_operands", "attention_forward"],
+        ["quantize_operands", "attention_forward"],
+    )
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])

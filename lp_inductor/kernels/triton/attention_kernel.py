@@ -51,6 +51,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 #: What the keys and values of one section of heads may take of the L2 cache.
 L2_BYTES = tl.constexpr(32 * 2**20)
 
+
 @triton.jit
 def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
     """acc * alpha + p @ v; TWO_LEVEL: the sum over tiles in float32, not in the matrix unit."""
@@ -109,9 +110,7 @@ def _attend(
     for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         first = tl.multiple_of(first, BLOCK_N)
         # Loaded a tile ahead, as the key's is, this would keep Triton from pipelining the loop.
-        next_v_scale = _block_scale(
-            v_descale_ptr, first, key_len, stride_vsd, V_BLOCK, INTERPRET
-        )
+        next_v_scale = _block_scale(v_descale_ptr, first, key_len, stride_vsd, V_BLOCK, INTERPRET)
         keys = first + order
         keys_valid = (keys < key_len)[:, None]
         k_tile = k_ptr + tl.cast(first, tl.int64) * stride_kn
@@ -126,9 +125,7 @@ def _attend(
         s = s.to(tl.float32)
         scale = qk_scale
         if K_BLOCK == 1:
-            key_scales = tl.load(
-                k_descale_ptr + keys * stride_ksn, mask=keys < key_len, other=0.0
-            )
+            key_scales = tl.load(k_descale_ptr + keys * stride_ksn, mask=keys < key_len, other=0.0)
             s = s * key_scales[None, :]
         if K_BLOCK > 1:
             scale = qk_scale * next_k_scale

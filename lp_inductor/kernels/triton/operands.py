@@ -278,7 +278,9 @@ def _storage(
     query, key = (
         None
         if t is None
-        else t.new_empty((t.shape[0], t.shape[2], t.shape[1], padded_row(t.shape[3])), dtype=qk_dtype)
+        else t.new_empty(
+            (t.shape[0], t.shape[2], t.shape[1], padded_row(t.shape[3])), dtype=qk_dtype
+        )
         for t in (operands.query, operands.key)
     )
     value = operands.value
