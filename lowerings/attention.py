@@ -3,10 +3,14 @@
 =============================  ===============================================================
 operator                       becomes
 =============================  ===============================================================
-``quantize*``                  its decomposition; Inductor compiles it to C++ or Triton
+attention, "triton"            with its quantisation, Triton kernels (:mod:`.triton`)
+``quantize*`` for others       on GPUs Triton kernels too; elsewhere, and where that cannot be,
+                               its decomposition, which Inductor compiles
 attention, "reference"         its decomposition: dequantise, float32 attention
 attention, "activated"         ``aten._scaled_dot_product_flash_attention.quantized`` as it is:
-                               Inductor's own fallback calls what PyTorch has activated
+                               Inductor's own fallback calls what PyTorch has activated (with
+                               a C++ wrapper, which would not, like any other kernel)
+attention, a portable kernel   what its ``run`` traces to
 attention, any other kernel    ``lp_inductor::sdpa_quantized``, a fallback that calls the kernel
 =============================  ===============================================================
 
@@ -25,9 +29,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from lp_inductor import reference
+from lp_inductor.kernels import registered_kernels
+from lp_inductor.lowerings import triton
+from lp_inductor.ops import run_kernel
 from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.inline import Inliner
 from lp_inductor.passes.movement import value_of
@@ -37,7 +45,7 @@ aten = torch.ops.aten
 
 _ATEN_ATTENTION = aten._scaled_dot_product_flash_attention.quantized
 _OWN_ATTENTION = torch.ops.lp_inductor.sdpa_quantized.default
-_QUANTIZE: dict[Any, Callable[..., Any]] = {
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.lp_inductor.quantize.default: reference.quantize,
     torch.ops.lp_inductor.quantize_centered.default: reference.quantize_centered,
     torch.ops.lp_inductor.hadamard.default: reference.hadamard,
@@ -47,15 +55,37 @@ _QUANTIZE: dict[Any, Callable[..., Any]] = {
 def lower_graph(graph: Graph) -> None:
     """Lower every operator of ours, and every ATen call that we inserted, in ``graph``."""
     inliner = Inliner()
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in place:
+        if node.target is _OWN_ATTENTION or node.target is _ATEN_ATTENTION:
+            lower_attention(node, place, inliner)
+    # What is left are quantise operators that no Triton kernel has taken over.
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _QUANTIZE:
-            _inline(node, _QUANTIZE[node.target], node.args, inliner, node.kwargs)
-        elif node.target is _OWN_ATTENTION and kernel_of(node) == "reference":
-            _inline(node, reference.sdpa_quantized, node.args[:-1], inliner)
-        elif node.target is _ATEN_ATTENTION:
-            lower_aten_attention(node, inliner)
+        if node.op == "call_function" and node.target in _DECOMPOSITIONS:
+            if all(not user.users for user in node.users):
+                _replace_outputs(node, [None, None, None])
+            else:
+                _inline(node, _DECOMPOSITIONS[node.target], node.args, inliner, node.kwargs)
+
+
+def lower_attention(node: Node, place: Mapping[Node, int], inliner: Inliner) -> None:
+    """Send one attention call to its kernel, and its quantisation to Triton where that serves."""
+    kernel = kernel_of(node)
+    if kernel is None:
+        return
+    compiles = kernel != "reference" and triton.can_compile(_device(node))
+    if compiles and kernel != "triton":
+        triton.lower_quantization(node, place, inliner, _replace_outputs)
+    call = _own_call(node, kernel)
+    if call is None:
+        return
+    if kernel == "reference":
+        _inline(call, reference.sdpa_quantized, call.args[:-1], inliner)
+    elif kernel == "triton":
+        if compiles:
+            _replace_outputs(call, triton.lower_triton_site(call, inliner))
+    elif any(k.portable for k in registered_kernels() if k.name == kernel):
+        _inline(call, run_kernel, call.args, inliner)
 
 
 def kernel_of(node: Node) -> str | None:
@@ -68,22 +98,29 @@ def kernel_of(node: Node) -> str | None:
     return "reference" if value_of(node)[0].device.type == "cpu" else None
 
 
-def lower_aten_attention(node: Node, inliner: Inliner) -> None:
-    """Send one call of the ATen overload to its kernel; only its first output may be used."""
-    kernel = kernel_of(node)
+def _own_call(node: Node, kernel: str) -> Node | None:
+    """The call as one of our own operator; None for one that stays.
+
+    Of the ATen overload only the first output may be used; what is activated is called by it.
+    """
+    if node.target is _OWN_ATTENTION:
+        return node
     others = [user for user in node.users if user.args != (node, 0) and user.users]
-    if kernel in (None, "activated") or others:
-        return
-    operands, is_causal = node.args[:6], node.args[7]
-    no_mean, no_mask = None, (None, None, 0 if is_causal else None, None)
-    scale = node.kwargs.get("scale")
-    dtype = value_of(node)[0].dtype
-    args = (*operands, no_mean, *no_mask, scale, dtype)
-    if kernel == "reference":
-        _inline(node, reference.sdpa_quantized, args, inliner)
-        return
-    call = Emitter(node.graph, node).call(_OWN_ATTENTION, *args, kernel)
+    if others:
+        return None
+    if kernel == "activated" and not inductor_config.cpp_wrapper:
+        return None  # C++ wrappers call ATen's own code, which is none, and not what is activated
+    no_mean, no_mask = None, (None, None, 0 if node.args[7] else None, None)
+    scale, dtype = node.kwargs.get("scale"), value_of(node)[0].dtype
+    args = (*node.args[:6], no_mean, *no_mask, scale, dtype, kernel)
+    call = Emitter(node.graph, node).call(_OWN_ATTENTION, *args)
     _replace_outputs(node, [call])
+    return call
+
+
+def _device(node: Node) -> torch.device:
+    value = value_of(node)
+    return (value if isinstance(value, torch.Tensor) else value[0]).device
 
 
 def _inline(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,3 +55,37 @@ def device_identity() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}"
+
+
+class NewGuardError(RuntimeError):
+    """Something asked about a symbolic size what the size's range does not answer.
+
+    ``too_late``: the size may have been fixed to the example's by now, so nothing can go on.
+    """
+
+    def __init__(self, guard: str, too_late: bool) -> None:
+        super().__init__(f"an open size would be fixed: {guard}")
+        self.too_late = too_late
+
+
+@contextlib.contextmanager
+def no_new_guards(shape_env: Any) -> Iterator[None]:
+    """Raise :class:`NewGuardError` where a guard would be added to ``shape_env``.
+
+    torch 2.13 can refuse guards; in torch 2.11 they can only be counted afterwards.
+    """
+    if shape_env is None:
+        yield
+    elif hasattr(shape_env, "error_on_new_guards"):
+        from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
+
+        try:
+            with shape_env.error_on_new_guards():
+                yield
+        except _ShapeEnvGuardError as error:
+            raise NewGuardError(str(error), too_late=False) from error
+    else:
+        before = len(shape_env.guards)
+        yield
+        if len(shape_env.guards) > before:
+            raise NewGuardError(str(shape_env.guards[before].expr), too_late=True)

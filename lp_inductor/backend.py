@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 import lp_inductor.ops  # noqa: F401  (registers the operators)
 from lp_inductor import _compat
 from lp_inductor.config import ConfigError, Fp8Config, make_config
-from lp_inductor.decide import Decider
+from lp_inductor.decide import Decider, PackageRules
 from lp_inductor.kernels import get_kernel, registered_kernels
 from lp_inductor.lowerings.attention import lower_graph, register_fallbacks
 from lp_inductor.passes import capture as capture_module
@@ -39,21 +39,27 @@ class MissError(RuntimeError):
 
 
 class AttentionPass(CustomGraphPass):
-    """Match, prove, decide, rewrite or expand: ``joint_custom_pre_pass``."""
+    """Match, prove, decide, rewrite or expand: ``joint_custom_pre_pass``.
 
-    def __init__(self, config: Fp8Config, sink: SiteSink) -> None:
+    With ``rules`` the graph becomes a package.
+    """
+
+    def __init__(
+        self, config: Fp8Config, sink: SiteSink, rules: PackageRules | None = None
+    ) -> None:
         self._config = config
         self._sink = sink
+        self._rules = rules
 
     def __call__(self, graph: Graph) -> None:
         """Run the pipeline on one functional ATen graph."""
-        config = self._config
-        options = pipeline.PipelineOptions(config.fuse_rope)
-        self._sink(pipeline.run_passes(graph, options, Decider(config)))
+        config, rules = self._config, self._rules
+        options = pipeline.PipelineOptions(config.fuse_rope, keep_open=rules is not None)
+        self._sink(pipeline.run_passes(graph, options, Decider(config, rules)))
 
     def uuid(self) -> str:
         """See :func:`cache_key`."""
-        return cache_key(self._config)
+        return cache_key(self._config, self._rules)
 
 
 class LoweringPass(CustomGraphPass):
@@ -90,15 +96,17 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def cache_key(config: Fp8Config) -> str:
+def cache_key(config: Fp8Config, rules: PackageRules | None = None) -> str:
     """Everything that a compiled graph depends on and Inductor does not know of.
 
-    sha256 over the package's sources, the configuration, each kernel's name, version and
-    availability, the versions of torch and triton, the GPU, and the enabled SDPA backends.
+    sha256 over the package's sources, the configuration, the rules of a package, each kernel's
+    name, version and availability, the versions of torch and triton, the GPU, and the enabled
+    SDPA backends.
     """
     parts = [
         _source_hash(),
         config.canonical(),
+        repr(rules),
         *(_kernel_identity(kernel) for kernel in registered_kernels()),
         torch.__version__,
         _compat.triton_version(),
@@ -144,14 +152,17 @@ class Fp8Backend:
         self.report(refused)
         return compile_fx(gm, example_inputs, config_patches=self.patches(self.report))
 
-    def patches(self, sink: SiteSink) -> dict[str, Any]:
-        """Inductor's configuration for one compile: the user's options and our two passes."""
+    def patches(self, sink: SiteSink, rules: PackageRules | None = None) -> dict[str, Any]:
+        """Inductor's configuration for one compile: the user's options and our two passes.
+
+        With ``rules`` for the compile of a package.
+        """
         from torch._inductor import config as inductor_config
 
         register_fallbacks()
         patches = dict(self._inductor.config)
         hooks = {
-            "joint_custom_pre_pass": AttentionPass(self.config, sink),
+            "joint_custom_pre_pass": AttentionPass(self.config, sink, rules),
             "post_grad_custom_pre_pass": LoweringPass(self.config),
         }
         for name, ours in hooks.items():

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lp_inductor demo`` and ``python -m lp_inductor doctor``.
+"""The command line: ``python -m lp_inductor demo``, ``doctor`` and ``explain``.
 
 A command is an entry of :data:`COMMANDS`: a name, a line of help, a function that adds its
 arguments and one that runs it and returns the exit status. Commands import what they need when
@@ -234,6 +234,35 @@ def kernel_statuses() -> Iterator[KernelStatus]:
             yield KernelStatus(kernel.name, str(device), not missed, str(answer) if missed else "")
 
 
+# --- explain --------------------------------------------------------------------------------------
+
+
+def _configure_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", help="a package that lp_inductor compiled, model.pt2")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+    parser.add_argument("--model", default=None, help="only this model of the package")
+
+
+def _run_explain(args: argparse.Namespace) -> int:
+    from lp_inductor.package import PackageError, read_package
+
+    try:
+        models = read_package(args.package)
+        if args.model is not None and args.model not in models:
+            raise PackageError(f"{args.package} has no model {args.model!r}, but {sorted(models)}")
+    except PackageError as error:
+        _fail(error)
+        return EXIT_FAILURE
+    chosen = [info for name, info in models.items() if args.model in (None, name)]
+    if args.json:
+        _write(json.dumps({info.model: info.as_json() for info in chosen}))
+    else:
+        _write("\n\n".join(map(str, chosen)))
+    return EXIT_OK
+
+
 COMMANDS = (
     Command(
         "demo",
@@ -246,5 +275,11 @@ COMMANDS = (
         "Show versions, devices, and which kernels can run here.",
         _configure_doctor,
         _run_doctor,
+    ),
+    Command(
+        "explain",
+        "Show what became of the attention of a package, without loading it.",
+        _configure_explain,
+        _run_explain,
     ),
 )

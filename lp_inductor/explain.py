@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lp_inductor.backend import Fp8Backend
@@ -76,6 +77,19 @@ class Report:
         lines += [f"  {count} x {code.name}: {code.value}" for code, count in reasons]
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, Any]:
+        """The report as a JSON object; :meth:`from_json` reads it."""
+        return {"graphs": self.graphs, "sites": [_site_as_json(site) for site in self.sites]}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Report:
+        """A report from what :meth:`as_json` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: for anything else.
+        """
+        return cls(tuple(_site_from_json(site) for site in stored["sites"]), stored["graphs"])
+
     def to_html(self, path: str | Path) -> None:
         """Write the table as one self-contained HTML page to ``path``."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
@@ -89,6 +103,25 @@ class Report:
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></html>"
         )
         Path(path).write_text(page, encoding="utf-8")
+
+
+def _site_as_json(site: Site) -> dict[str, Any]:
+    fields = dict(vars(site))
+    for name in ("miss", "rope_miss"):
+        miss = fields[name]
+        fields[name] = None if miss is None else {"code": miss.code.name, "detail": miss.detail}
+    return fields
+
+
+def _site_from_json(stored: Mapping[str, Any]) -> Site:
+    fields: dict[str, Any] = {}
+    for key, value in stored.items():
+        fields[key] = tuple(value) if isinstance(value, list) else value
+    for name in ("miss", "rope_miss"):
+        miss = fields[name]
+        if miss is not None:
+            fields[name] = Miss(MissCode[miss["code"]], miss["detail"])
+    return Site(**fields)
 
 
 def _row(number: int, site: Site) -> tuple[str, ...]:
@@ -153,12 +186,14 @@ def _no_code(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> A
 
 
 def explain(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | ExportedProgram,
     *args: Any,
     config: Fp8Config | Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Say for every attention call of ``model(*args, **kwargs)`` whether it becomes FP8.
+
+    Of an exported program: what :func:`lp_inductor.aoti_compile_and_package` would do with it.
 
     Runs the whole compiler up to code generation with the gradient mode, autocast and shapes of
     this call; sites that need a gradient are reported as such, so call it under
@@ -166,14 +201,22 @@ def explain(
     eagerly.
 
     Args:
-        model: a module or function.
-        args, kwargs: what to call it with.
+        model: a module or function, or an exported program.
+        args, kwargs: what to call it with; nothing for an exported program.
         config: as for :func:`compile_with_fp8_fusion`.
 
     Returns:
         a :class:`Report`.
     """
+    if isinstance(model, ExportedProgram):
+        return _explain_exported(model, make_config(config))
     explainer = _Explainer(make_config(config))
     with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
         torch.compile(model, backend=explainer)(*args, **kwargs)
     return Report(tuple(explainer.sites), explainer.graphs)
+
+
+def _explain_exported(program: ExportedProgram, config: Fp8Config) -> Report:
+    from lp_inductor.export import run_exported
+
+    return Report(tuple(run_exported(program, config, _no_code)), graphs=1)

@@ -201,7 +201,7 @@ def _sdpa_quantized_fake(
     return out.transpose(1, 2)
 
 
-def _run_kernel(
+def run_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -217,6 +217,7 @@ def _run_kernel(
     out_dtype: torch.dtype,
     kernel: str,
 ) -> Tensor:
+    """Attention over quantised operands by the kernel of that name: what the operator does."""
     from lp_inductor.kernels import get_kernel
 
     serving = get_kernel(kernel)
@@ -242,7 +243,7 @@ for _backend in ("CPU", "CUDA"):
     _lib.impl("quantize", reference.quantize, _backend)
     _lib.impl("quantize_centered", reference.quantize_centered, _backend)
     _lib.impl("hadamard", reference.hadamard, _backend)
-    _lib.impl("sdpa_quantized", _run_kernel, _backend)
+    _lib.impl("sdpa_quantized", run_kernel, _backend)
 
 for _name, _fake in (
     ("sdpa", stock_sdpa),

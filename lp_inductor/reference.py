@@ -143,7 +143,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    return x @ _hadamard_matrix(x) * x.shape[-1] ** -0.5
+    return torch.matmul(x, _hadamard_matrix(x)) * float(x.shape[-1] ** -0.5)
 
 
 def _hadamard_matrix(x: Tensor) -> Tensor:
@@ -178,9 +178,10 @@ def _largest(magnitudes: Tensor, group_size: int, scales: str) -> Tensor:
         tokens = magnitudes.shape[2]
         missing = -tokens % TOKEN_BLOCK
         rows = F.pad(magnitudes.amax(dim=3), (0, missing))
-        return rows.unflatten(2, (-1, TOKEN_BLOCK)).amax(dim=3)
-    amax = magnitudes.amax(dim=(2, 3))
-    return amax if group_size == 1 else amax.unflatten(1, (-1, group_size)).amax(dim=2)
+        return torch.amax(rows.unflatten(2, (-1, TOKEN_BLOCK)), dim=3)
+    if group_size != 1:
+        magnitudes = magnitudes.unflatten(1, (-1, group_size)).amax(dim=2)
+    return magnitudes.amax(dim=(2, 3))
 
 
 def dequantize(x: Tensor, descale: Tensor) -> Tensor:

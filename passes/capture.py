@@ -43,6 +43,7 @@ _TARGETS = (
     aten.scaled_dot_product_attention,
     aten.scaled_dot_product_attention.default,
 )
+_CAPTURED = torch.ops.lp_inductor.sdpa.default
 _PARAMETERS: tuple[tuple[str, Any], ...] = (
     ("query", None),
     ("key", None),
@@ -91,15 +92,25 @@ class _Call:
     callers: tuple[Node, ...]
 
 
-def capture(gm: GraphModule) -> list[Site]:
+def capture(gm: GraphModule, exported: bool = False) -> list[Site]:
     """Replace the attention calls of ``gm`` in place; return the sites that were left alone.
 
     Calls inside the subgraphs of higher-order operators are captured too where that operator
     lets our passes see its subgraphs.
+
+    Args:
+        gm: a graph in front of AOTAutograd.
+        exported: it becomes a package: for inference only, with no guards on sizes. Subgraphs may
+            have been captured before the graphs that call them.
     """
     refused: list[Site] = []
     calls = _attention_calls(gm)
     for call in calls:
+        if call.node.target is _CAPTURED:
+            refused += _recheck_place(call)
+            continue
+        if exported and REFUSED_META in (call.node.meta.get("custom") or {}):
+            continue  # reported when its own subgraph was captured
         if not is_attention(call.node):
             sites = _capture_multihead(call)
             if sites:
@@ -107,7 +118,7 @@ def capture(gm: GraphModule) -> list[Site]:
             refused += sites
             continue
         arguments = _arguments(call.node)
-        verdict = _check_call(arguments, call)
+        verdict = _check_call(arguments, call, exported)
         if isinstance(verdict, Miss):
             _mark_refused(call)
             refused.append(refused_site(call.node, arguments, verdict))
@@ -138,7 +149,8 @@ def _attention_calls(gm: GraphModule) -> list[_Call]:
         visited.add(key)
         for node, chosen in _with_backend_choice(module.graph):
             here = forced or chosen
-            if is_attention(node) or multihead.is_multihead(node):
+            nested = bool(callers) and node.target is _CAPTURED
+            if is_attention(node) or multihead.is_multihead(node) or nested:
                 call = calls.setdefault(node, _Call(module.graph, node, here, closed, ()))
                 # A subgraph may be called from several places: all of them must allow it.
                 call.forced |= here
@@ -212,7 +224,20 @@ def _arguments(node: Node) -> dict[str, Any]:
     return arguments
 
 
-def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
+def _recheck_place(call: _Call) -> list[Site]:
+    """Take back a call that was captured before it was known which operators it sits in."""
+    verdict = _check_place(call)
+    if isinstance(verdict, Ok):
+        return []
+    q, k, v, mask, is_causal, scale, enable_gqa = call.node.args
+    call.node.target = aten.scaled_dot_product_attention.default
+    call.node.args = (q, k, v, mask, 0.0, is_causal)
+    call.node.kwargs = {"scale": scale, "enable_gqa": enable_gqa}
+    _mark_refused(call)
+    return [refused_site(call.node, _arguments(call.node), verdict)]
+
+
+def _check_call(arguments: dict[str, Any], call: _Call, exported: bool) -> Ok | Miss:
     """Refuse what can be refused already; what remains must mean ``lp_inductor::sdpa``."""
     placed = _check_place(call)
     if isinstance(placed, Miss):
@@ -220,7 +245,7 @@ def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
     if not _is_zero(arguments["dropout_p"]):
         return Miss(MissCode.DROPOUT, lambda: f"dropout_p={arguments['dropout_p']}")
     out = value_of(call.node)
-    if isinstance(out, torch.Tensor) and out.requires_grad:
+    if isinstance(out, torch.Tensor) and out.requires_grad and not exported:
         return Miss(MissCode.NEEDS_GRAD)
     if not all(isinstance(arguments[name], bool) for name in ("is_causal", "enable_gqa")):
         return Miss(MissCode.MASK_NOT_PROVED, "is_causal or enable_gqa is not a constant")
@@ -232,7 +257,7 @@ def _check_call(arguments: dict[str, Any], call: _Call) -> Ok | Miss:
         return Miss(MissCode.SUBCLASS, "inside torch.vmap, which has a rule for attention itself")
     verdict = check_operands(operands)
     if isinstance(verdict, Ok):
-        _specialize_heads(operands)
+        verdict = _specialize_heads(operands, exported)
     return verdict
 
 
@@ -274,11 +299,18 @@ def _is_batched(tensor: torch.Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def _specialize_heads(operands: dict[str, Any]) -> None:
-    """Guard on heads and head_dim where they are symbolic: kernels are built for one of each."""
+def _specialize_heads(operands: dict[str, Any], exported: bool) -> Ok | Miss:
+    """Guard on heads and head_dim where they are symbolic: kernels are built for one of each.
+
+    An exported program promises to serve all of them, so there such a call is refused.
+    """
     for name in ("query", "key", "value"):
         for dim in (1, 3):
-            int(operands[name].shape[dim])
+            size = operands[name].shape[dim]
+            if exported and not isinstance(size, int):
+                return Miss(MissCode.DYNAMIC_DIM, f"{name} has {size} in dimension {dim}")
+            int(size)
+    return OK
 
 
 def _is_zero(dropout: Any) -> bool:
@@ -294,7 +326,7 @@ def _replace(node: Node, arguments: dict[str, Any]) -> None:
         arguments[name]
         for name in ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
     )
-    node.target = torch.ops.lp_inductor.sdpa.default
+    node.target = _CAPTURED
     node.args, node.kwargs = operands, {}
 
 

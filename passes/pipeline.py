@@ -8,6 +8,7 @@ would have seen without us.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from lp_inductor._compat import NewGuardError, no_new_guards
 from lp_inductor.passes.decomposed import find_decomposed
 from lp_inductor.passes.expand import expand_site
 from lp_inductor.passes.inline import Inliner
@@ -22,19 +24,18 @@ from lp_inductor.passes.match import SiteMatch, SiteMatcher
 from lp_inductor.passes.raising import Candidate
 from lp_inductor.passes.result import Miss, MissCode
 from lp_inductor.passes.rewrite import Rewriter
-from lp_inductor.passes.site import AttentionCall, Sdpa, Site, module_of, shape_for_report, values
+from lp_inductor.passes.site import (
+    AttentionCall,
+    Decision,
+    Sdpa,
+    Site,
+    module_of,
+    shape_for_report,
+    values,
+)
 from lp_inductor.passes.site_mask import SiteMask
-from lp_inductor.quantization import Quantization
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A kernel that is to serve a site, and how its operands are quantised."""
-
-    kernel: str
-    quantization: Quantization
 
 
 #: Decides on a matched call: module name and call in, a kernel or the reason for none out.
@@ -43,9 +44,14 @@ Decide = Callable[[str, AttentionCall], "Decision | Miss"]
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What of the configuration changes graphs."""
+    """What of the configuration changes graphs.
+
+    ``keep_open``: code for this graph has no guards, as in a package. A site whose rewrite would
+    need one is refused.
+    """
 
     fuse_rope: bool = True
+    keep_open: bool = False
 
 
 def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[Site]:
@@ -65,7 +71,10 @@ def run_passes(graph: Graph, options: PipelineOptions, decide: Decide) -> list[S
     sites = refused
     for number, node in enumerate(nodes, start=len(refused)):
         written = raised.get(node)
-        sites.append(_run_site(number, node, written, matcher, rewriter, inliner, decide))
+        site = _run_site(
+            number, node, written, matcher, rewriter, inliner, decide, options.keep_open
+        )
+        sites.append(site)
     graph.lint()
     log.debug("rewrote %d of %d sites", sum(site.fused for site in sites), len(sites))
     return sites
@@ -79,20 +88,31 @@ def _run_site(
     rewriter: Rewriter,
     inliner: Inliner,
     decide: Decide,
+    keep_open: bool,
 ) -> Site:
     sdpa, module = Sdpa.of(node), module_of(node)
-    mask = matcher.match_mask(sdpa)
-    match = matcher.match_site(sdpa, mask)
+    guarded = _guarding(sdpa, keep_open)
+    mask: SiteMask | Miss
+    match: SiteMatch | Miss
     decision: Decision | Miss
-    if isinstance(match, Miss):
-        decision = match
-    else:
-        decision = _about_mask(decide(module, match.attention_call()), match.mask)
+    try:
+        with guarded():
+            mask = matcher.match_mask(sdpa)
+            match = matcher.match_site(sdpa, mask)
+            if isinstance(match, Miss):
+                decision = match
+            else:
+                decision = _about_mask(decide(module, match.attention_call()), match.mask)
+    except NewGuardError as error:
+        if error.too_late:
+            raise
+        mask = match = decision = Miss(MissCode.DYNAMIC_DIM, str(error))
     if isinstance(match, SiteMatch) and isinstance(decision, Decision):
         site = _record(sdpa, module, mask, match, decision)
         if written is not None:
             written.accept(node)
-        rewriter.rewrite_site(match, decision.kernel, decision.quantization, number)
+        with guarded():
+            rewriter.rewrite_site(match, decision, number)
         return site
     assert isinstance(decision, Miss)
     site = _record(sdpa, module, mask, match, decision)
@@ -101,6 +121,14 @@ def _run_site(
     else:
         expand_site(sdpa, inliner)
     return site
+
+
+def _guarding(sdpa: Sdpa, keep_open: bool) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Around what must not add guards; what expands to stock attention may, as stock does."""
+    if not keep_open:
+        return contextlib.nullcontext
+    shape_env = values(sdpa)["query"].fake_mode.shape_env
+    return lambda: no_new_guards(shape_env)
 
 
 def _about_mask(decision: Decision | Miss, mask: SiteMask) -> Decision | Miss:

@@ -36,6 +36,7 @@ from lp_inductor.passes.mask import KeyMask
 from lp_inductor.passes.match import Operand, SiteMatch
 from lp_inductor.passes.movement import shape_of, value_of
 from lp_inductor.passes.rope import RopeMatch
+from lp_inductor.passes.site import Decision
 from lp_inductor.passes.tables import Table
 from lp_inductor.quantization import FP8, Quantization
 
@@ -56,21 +57,20 @@ class Rewriter:
         self._tables: dict[Table, Node] = {}
         self._masks: dict[KeyMask | Node, Node | None] = {}
 
-    def rewrite_site(
-        self, match: SiteMatch, kernel: str, quantization: Quantization, number: int = 0
-    ) -> None:
+    def rewrite_site(self, match: SiteMatch, decision: Decision, number: int = 0) -> None:
         """Replace the site by quantised attention, and erase what it alone used.
 
         ``number`` is the site's place in the report.
         """
         site = match.sdpa.node
+        kernel, quantization = decision.kernel, decision.quantization
         emitter = Emitter(self._graph, site)
         former_inputs = list(site.all_input_nodes)
         query, q_descale = self._quantize_query(emitter, match, quantization)
         key, k_descale = self._quantize_key(emitter, match, quantization)
         value, v_descale, mean = self._quantize_value(emitter, match.value, quantization)
         operands = (query, key, value, q_descale, k_descale, v_descale)
-        if _aten_says_it(match, quantization):
+        if decision.aten_overload and _aten_says_it(match, quantization):
             attention = _aten_attention(emitter, match, operands, kernel)
             if mean is not None:
                 attention = _add_mean(emitter, attention, mean, match.group_size)

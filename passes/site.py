@@ -12,6 +12,7 @@ from torch.fx import Node
 from lp_inductor.passes.indexing import shape_exprs
 from lp_inductor.passes.movement import value_of
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
+from lp_inductor.quantization import Quantization
 
 #: Key in ``node.meta["custom"]``, which AOTAutograd hands on to what a node is traced to, of
 #: attention calls that capture refused.
@@ -50,6 +51,18 @@ class AttentionCall:
     def is_causal(self) -> bool:
         """The mask is causal, and nothing but causal."""
         return self.mask == {MaskPart.CAUSAL}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A kernel that is to serve a site, and how its operands are quantised.
+
+    ``aten_overload``: the ATen overload is to be called where it can say what is meant.
+    """
+
+    kernel: str
+    quantization: Quantization
+    aten_overload: bool = True
 
 
 @dataclass(frozen=True)

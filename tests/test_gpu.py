@@ -98,12 +98,13 @@ def test_reference_kernel_compiled_to_triton(name: str) -> None:
     assert MIN_DB <= sqnr(reference, result) < 40
 
 
-def test_without_a_kernel_attention_stays_stock() -> None:
+def test_where_fp8_does_not_pay_attention_stays_stock() -> None:
     operands = to_gpu(qkv(kv_heads=2))
     with torch.no_grad():
         (site,) = lp_inductor.explain(models.llama, *operands).sites
         stock, ours = compile_stock(models.llama)(*operands), compile_fp8(models.llama)(*operands)
-    assert site.miss is not None and site.miss.code is MissCode.NO_KERNEL
+    assert site.miss is not None
+    assert site.miss.code in (MissCode.SHORT_SEQUENCE, MissCode.NOT_FASTER)
     assert torch.equal(stock, ours) and stock.stride() == ours.stride()
 
 
@@ -183,5 +184,8 @@ def test_centring_lifts_a_registered_kernel(fa3: str) -> None:
 
 def test_window_is_refused_before_a_kernel_is_asked(fa3: str) -> None:
     with torch.no_grad():
-        (site,) = lp_inductor.explain(near_misses.sliding_window, *to_gpu(qkv())).sites
+        config = Fp8Config(kernel=fa3)
+        (site,) = lp_inductor.explain(
+            near_misses.sliding_window, *to_gpu(qkv()), config=config
+        ).sites
     assert site.miss is not None and site.miss.code is MissCode.MASK_FORM

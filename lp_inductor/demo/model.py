@@ -85,8 +85,11 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def load_language_model() -> LanguageModel:
+def load_language_model(file: Path | None = None) -> LanguageModel:
     """The model in bfloat16 on the CPU, its attention through SDPA, in evaluation mode.
+
+    Args:
+        file: a GGUF file; None: the one of the package :data:`MODEL_PACKAGE`.
 
     Raises:
         MissingPackageError: if a package that the demo needs is not installed.
@@ -95,7 +98,7 @@ def load_language_model() -> LanguageModel:
     for package in LOADER_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise missing_package(package)
-    file = find_gguf()
+    file = file or find_gguf()
     # transformers asks its hub about local files too, unless told not to before it is imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart, Visibility
+from lp_inductor.kernels.base import AttentionCall, Kernel, Library, MaskPart, Visibility
 from lp_inductor.kernels.registry import (
     choose_kernel,
     get_kernel,
@@ -15,6 +15,7 @@ from lp_inductor.kernels.registry import (
 __all__ = [
     "AttentionCall",
     "Kernel",
+    "Library",
     "MaskPart",
     "Visibility",
     "choose_kernel",

@@ -21,6 +21,7 @@ class ActivatedKernel(Kernel):
     """
 
     name = "activated"
+    measured_as = "fa3"
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On CUDA devices of compute capability 9.0, once FA3 is activated."""

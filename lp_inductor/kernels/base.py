@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,21 @@ from lp_inductor.passes.result import OK, Miss, Ok
 from lp_inductor.passes.site import AttentionCall, MaskPart
 from lp_inductor.visibility import Visibility
 
-__all__ = ["AttentionCall", "Kernel", "MaskPart", "Visibility"]
+__all__ = ["AttentionCall", "Kernel", "Library", "MaskPart", "Visibility"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library of C++ operators that code needs loaded before it runs.
+
+    Attributes:
+        name: what users call it, such as the package that carries it.
+        operators: those of its operators that are called, ``"namespace::name"``. Each is defined
+            and implemented in C++, and returns one tensor: AOTInductor calls no other.
+    """
+
+    name: str
+    operators: tuple[str, ...]
 
 
 class Kernel(abc.ABC):
@@ -31,12 +46,28 @@ class Kernel(abc.ABC):
     qk_dtypes: frozenset[torch.dtype] = frozenset({torch.float8_e4m3fn})
     #: Fewest key tokens at which the kernel pays against bf16 attention.
     min_seq_len: int = 0
-    #: Whether its code goes into an AOTInductor package, which has no Python.
-    portable: bool = False
+    #: The name under which the table of measured crossovers has the kernel, which then counts
+    #: instead of ``min_seq_len``.
+    measured_as: str | None = None
+    #: Whether calls go through ``aten._scaled_dot_product_flash_attention.quantized`` where that
+    #: can say what is meant; it cannot carry the mean of the values.
+    aten_overload: bool = True
     #: The parts of masks it takes, in any combination.
     masks: frozenset[MaskPart] = frozenset({MaskPart.CAUSAL})
     #: Whether ``run`` adds ``v_mean`` itself; otherwise that happens behind it, in float32.
     adds_mean: bool = False
+    #: Whether ``run`` may be traced into a graph whose code then runs without Python: tensor
+    #: operations, Triton kernels, and operators of ``libraries``; nothing that looks at data.
+    #: Each class says so for itself: what a subclass changes may not be.
+    portable: bool = False
+    #: What a package that embeds ``run`` needs loaded; a package gets it only if it is allowed.
+    libraries: tuple[Library, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Let ``portable`` be False unless the class itself says otherwise."""
+        super().__init_subclass__(**kwargs)
+        if "portable" not in vars(cls):
+            cls.portable = False
 
     @abc.abstractmethod
     def availability(self, device: torch.device) -> Ok | Miss:

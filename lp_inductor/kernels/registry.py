@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 
 import torch
 
 from lp_inductor.config import ConfigError, Fp8Config
 from lp_inductor.kernels.activated import ActivatedKernel
 from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart
+from lp_inductor.kernels.crossovers import Curve, measured_curves
 from lp_inductor.kernels.fa3 import Fa3Kernel
 from lp_inductor.kernels.fa4 import Fa4Kernel
+from lp_inductor.kernels.measured import SPEEDUPS
 from lp_inductor.kernels.reference import ReferenceKernel
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.quantization import HADAMARD_DIMS
@@ -78,12 +81,24 @@ def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
     return tuple(k for k in _KERNELS.values() if is_cpu or k.name != ReferenceKernel.name)
 
 
-def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
-    """The kernel that serves ``call``, or why none does.
+def allow_all(kernel: Kernel) -> Ok | Miss:
+    """No kernel is ruled out."""
+    return OK
+
+
+def serving_kernels(
+    config: Fp8Config,
+    call: AttentionCall,
+    allowed: Callable[[Kernel], Ok | Miss] = allow_all,
+) -> tuple[Kernel, ...] | Miss:
+    """The kernels that serve ``call`` in the order in which to ask, or why none does.
+
+    ``allowed`` rules out kernels that could run, for the place where their code is to be used.
 
     Raises:
         KernelError: if the configuration names a kernel that cannot run on the call's device.
     """
+    serving: list[Kernel] = []
     unsupported: Miss | None = None
     unavailable: list[str] = []
     for kernel in candidates(config, call):
@@ -93,11 +108,44 @@ def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
                 raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
             unavailable.append(f"{kernel.name}: {available.detail}")
             continue
-        supported = check_call(kernel, config, call)
+        supported = allowed(kernel)
         if not isinstance(supported, Miss):
-            return kernel
-        unsupported = unsupported or supported
+            supported = check_call(kernel, config, call)
+        if isinstance(supported, Miss):
+            unsupported = unsupported or supported
+        else:
+            serving.append(kernel)
+    if serving:
+        return tuple(serving)
     return unsupported or Miss(MissCode.NO_KERNEL, "; ".join(unavailable))
+
+
+def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
+    """The kernel that serves ``call``, whether or not it pays, or why none does.
+
+    Raises:
+        KernelError: if the configuration names a kernel that cannot run on the call's device.
+    """
+    serving = serving_kernels(config, call)
+    return serving if isinstance(serving, Miss) else prefer(serving, call)
+
+
+def prefer(serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel:
+    """The first of the kernels; of measured ones, that which is the fastest on long sequences."""
+    first = serving[0]
+    if first.measured_as is None:
+        return first
+    curves = curves_of(call)
+    measured = {kernel: curves.get(kernel.measured_as or "", {}) for kernel in serving}
+    known = {kernel: curve[max(curve)] for kernel, curve in measured.items() if curve}
+    return max(known, key=known.__getitem__) if known else first
+
+
+def curves_of(call: AttentionCall) -> Mapping[str, Curve]:
+    """The measured speed-ups of calls like this one on its device."""
+    if call.device.type != "cuda" or not torch.cuda.is_available():
+        return {}
+    return measured_curves(torch.cuda.get_device_capability(call.device), call, SPEEDUPS)
 
 
 def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | Miss:

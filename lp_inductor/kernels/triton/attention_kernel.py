@@ -8,9 +8,13 @@ which must never have to hold a sum over a whole sequence.
 Two things make the second product cheap. The values are read transposed, (dim, keys), because FP8
 matrix units want their operands contiguous along the sum. And the keys of a tile are read in an
 order in which the registers that hold the scores are, without any exchange between threads, the
-registers that the next product wants its probabilities in (:func:`_key_order`).
+registers that the next product wants its probabilities in (:func:`key_order`).
 
 Head sizes that are no power of two are split into two parts that are: 96 = 64 + 32.
+
+The query may come as it is: then the program rotates and quantises its rows itself, each with a
+scale of its own, and no pass over the query is needed before. Query and key may be INT8 instead of
+FP8: scores then lose a tenth of the precision, at one conversion more for each.
 """
 
 from __future__ import annotations
@@ -18,119 +22,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lp_inductor.kernels.triton.attention_tiles import (
+    LOG2_E,
+    apply_mask_tensor,
+    key_bounds,
+    key_order,
+    key_ranges,
+    load_tile,
+    schedule,
+    to_key_order,
+)
+from lp_inductor.kernels.triton.head_tiles import (
+    descale_of,
+    load_halves,
+    load_tables,
+    round_to,
+    round_to_fp8,
+    rows_amax,
+    spread,
+    whole_rows,
+)
+
 #: Probabilities are scaled by 2**8 before they are rounded to FP8, whose smallest normal number is
 #: 2**-6 and whose largest is 448: what is 2**-14 of the row's largest keeps full precision.
 LOG2_P_SCALE = tl.constexpr(8.0)
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 #: What the keys and values of one section of heads may take of the L2 cache.
 L2_BYTES = tl.constexpr(32 * 2**20)
-
-#: What the mask tensor is, the constexpr MASK of the kernel.
-NO_MASK, BOOL_MASK, BIAS_MASK = 0, 1, 2
-
-
-@triton.jit
-def round_to_fp8(x, INTERPRET: tl.constexpr):
-    """float32 -> float8_e4m3fn, to nearest even; |x| <= 448.
-
-    Triton's interpreter does not carry when rounding overflows the mantissa. So it is given numbers
-    that need no rounding: three bits of mantissa, or multiples of 2**-9 where FP8 is subnormal.
-    """
-    if INTERPRET:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        subnormal = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
-    return x.to(tl.float8e4nv)
-
-
-@triton.jit
-def _key_order(BLOCK_N: tl.constexpr):
-    """Which key of the tile is column n of the scores: the bits ..jtte of n become ..ttje.
-
-    The accumulator of a matrix product gives a thread two neighbouring columns in each half of 16;
-    the FP8 operand of the next product wants four neighbours.
-    """
-    n = tl.arange(0, BLOCK_N)
-    return (n & -16) | ((n & 6) << 1) | ((n & 8) >> 2) | (n & 1)
-
-
-@triton.jit
-def _to_key_order(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns as :func:`_key_order` numbers them -> columns in the order of the keys."""
-    p = tl.reshape(p, (BLOCK_M, BLOCK_N // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
-def _from_key_order(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns in the order of the keys -> columns as :func:`_key_order` numbers them."""
-    p = tl.reshape(p, (BLOCK_M, BLOCK_N // 16, 4, 2, 2))
-    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
-def _load(pointers, tokens_valid, dims_valid, MASK_TOKENS: tl.constexpr, MASK_DIMS: tl.constexpr):
-    """Load a tile; zeros where a token or a dim is masked and not valid."""
-    if MASK_TOKENS and MASK_DIMS:
-        return tl.load(pointers, mask=tokens_valid & dims_valid, other=0.0)
-    if MASK_TOKENS:
-        return tl.load(pointers, mask=tokens_valid, other=0.0)
-    if MASK_DIMS:
-        return tl.load(pointers, mask=dims_valid, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _key_bounds(
-    rows, key_len, lower, upper, chunk,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The first and the last key that the position of each row lets it see."""
-    first = tl.zeros_like(rows)
-    last = tl.zeros_like(rows) + (key_len - 1)
-    if UPPER:
-        last = tl.minimum(last, rows + upper)
-    if LOWER:
-        first = tl.maximum(first, rows + lower)
-    if CHUNK:
-        chunk_start = rows // chunk * chunk
-        first = tl.maximum(first, chunk_start)
-        last = tl.minimum(last, chunk_start + (chunk - 1))
-    return first, last
-
-
-@triton.jit
-def _apply_mask_tensor(
-    s, mask_ptr, rows, first, keys, query_len, key_len, stride_mm, stride_mn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, PER_ROW: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Scores under a bool mask, or scores in units of log2 plus a bias."""
-    if PER_ROW:
-        # Rows are read in the order of memory, many keys at once, and then put in order.
-        rows = tl.minimum(rows, query_len - 1)
-        natural = first + tl.arange(0, BLOCK_N)
-        if EDGE:
-            natural = tl.minimum(natural, key_len - 1)
-        offsets = rows.to(tl.int64)[:, None] * stride_mm + natural.to(tl.int64)[None, :] * stride_mn
-        given = _from_key_order(tl.load(mask_ptr + offsets), BLOCK_M, BLOCK_N)
-    else:
-        if EDGE:
-            keys = tl.minimum(keys, key_len - 1)
-        given = tl.load(mask_ptr + keys.to(tl.int64) * stride_mn)
-    if MASK == 1:
-        visible = given != 0 if PER_ROW else (given != 0)[None, :]
-        return tl.where(visible, s, float("-inf"))
-    # A finite bias stays finite in units of log2, however low: a row of nothing but the lowest
-    # number attends to all its keys alike.
-    bias = given.to(tl.float32)
-    bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
-    return s + (bias if PER_ROW else bias[None, :])
-
 
 @triton.jit
 def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
@@ -138,6 +57,16 @@ def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
     if TWO_LEVEL:
         return acc * alpha[:, None] + tl.dot(p, v)
     return tl.dot(p, v, acc * alpha[:, None])
+
+
+@triton.jit
+def _block_scale(ptr, key, key_len, stride, BLOCK: tl.constexpr):
+    """The scale of the block that ``key`` lies in, of the last one behind that."""
+    scale = 1.0
+    if BLOCK > 1:
+        key = tl.maximum(tl.minimum(key, key_len - 1), 0)
+        scale = tl.load(ptr + (key // BLOCK) * stride, mask=key_len > 0, other=1.0)
+    return scale
 
 
 @triton.jit
@@ -156,13 +85,13 @@ def _attend(
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [start, end) to the sums; EDGE: positions may hide some of them."""
-    order = _key_order(BLOCK_N)
+    order = key_order(BLOCK_N)
     dims0 = tl.arange(0, D0)
     dims_v0 = tl.arange(0, DV0)
     natural = tl.arange(0, BLOCK_N)
     k_offsets = order[:, None] * stride_kn + dims0[None, :]
     v_offsets = dims_v0[:, None] * stride_vd + natural[None, :]
-    first_key, last_key = _key_bounds(rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK)
+    first_key, last_key = key_bounds(rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK)
     # The rows of the values are padded with zeros to whole vectors of 16.
     padded_len = tl.multiple_of(tl.cdiv(key_len, 16) * 16, 16)
     for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
@@ -170,22 +99,28 @@ def _attend(
         keys = first + order
         keys_valid = (keys < key_len)[:, None]
         k_tile = k_ptr + tl.cast(first, tl.int64) * stride_kn
-        k0 = _load(k_tile + k_offsets, keys_valid, (dims0 < D)[None, :], EDGE, D0 > D)
+        k0 = load_tile(k_tile + k_offsets, keys_valid, (dims0 < D)[None, :], EDGE, D0 > D)
         s = tl.dot(q0, tl.trans(k0))
         if D1 > 0:
             dims1 = D0 + tl.arange(0, D1)
             k1_pointers = k_tile + order[:, None] * stride_kn + dims1[None, :]
-            k1 = _load(k1_pointers, keys_valid, (dims1 < D)[None, :], EDGE, D0 + D1 > D)
+            k1 = load_tile(k1_pointers, keys_valid, (dims1 < D)[None, :], EDGE, D0 + D1 > D)
             s = tl.dot(q1, tl.trans(k1), s)
 
+        s = s.to(tl.float32)
         scale = qk_scale
-        if K_BLOCK > 0:
+        if K_BLOCK == 1:
+            key_scales = tl.load(
+                k_descale_ptr + keys * stride_ksn, mask=keys < key_len, other=0.0
+            )
+            s = s * key_scales[None, :]
+        if K_BLOCK > 1:
             scale = qk_scale * tl.load(k_descale_ptr + (first // K_BLOCK) * stride_ksn)
         scale_2d = scale[:, None] if Q_PER_ROW else scale
         if PRESCALE:
             s = s * scale_2d
         if MASK != 0:
-            s = _apply_mask_tensor(
+            s = apply_mask_tensor(
                 s, mask_ptr, rows, first, keys, query_len, key_len, stride_mm, stride_mn,
                 BLOCK_M, BLOCK_N, MASK, MASK_PER_ROW, EDGE,
             )  # fmt: skip
@@ -208,76 +143,21 @@ def _attend(
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
         if V_BLOCK > 0:  # the sums are kept in units of the scale of the last values
-            next_scale = tl.load(v_descale_ptr + (first // V_BLOCK) * stride_vsd)
-            alpha = alpha * (v_scale / next_scale)
-            v_scale = next_scale
+            next_v_scale = tl.load(v_descale_ptr + (first // V_BLOCK) * stride_vsd)
+            alpha = alpha * (v_scale / next_v_scale)
+            v_scale = next_v_scale
 
-        p8 = _to_key_order(round_to_fp8(p, INTERPRET), BLOCK_M, BLOCK_N)
+        p8 = to_key_order(round_to_fp8(p, INTERPRET), BLOCK_M, BLOCK_N)
         keys_valid_v = (first + natural < padded_len)[None, :]
         v_tile = v_ptr + first
-        v0 = _load(v_tile + v_offsets, keys_valid_v, (dims_v0 < DV)[:, None], EDGE, DV0 > DV)
+        v0 = load_tile(v_tile + v_offsets, keys_valid_v, (dims_v0 < DV)[:, None], EDGE, DV0 > DV)
         acc0 = _accumulate(acc0, alpha, p8, tl.trans(v0), TWO_LEVEL)
         if DV1 > 0:
             dims_v1 = DV0 + tl.arange(0, DV1)
             v1_pointers = v_tile + dims_v1[:, None] * stride_vd + natural[None, :]
-            v1 = _load(v1_pointers, keys_valid_v, (dims_v1 < DV)[:, None], EDGE, DV0 + DV1 > DV)
+            v1 = load_tile(v1_pointers, keys_valid_v, (dims_v1 < DV)[:, None], EDGE, DV0 + DV1 > DV)
             acc1 = _accumulate(acc1, alpha, p8, tl.trans(v1), TWO_LEVEL)
     return acc0, acc1, row_sum, row_max, v_scale
-
-
-@triton.jit
-def _schedule(program, tiles, heads, programs, section, UPPER: tl.constexpr):
-    """Which tile of which head of which batch entry a program computes.
-
-    Tiles of one head run together and share its keys in the L2 cache. Where later queries see more
-    keys, the longest tiles of ``section`` heads, whose keys fit in the cache together, run first:
-    what runs last is short, and no multiprocessor waits long for another.
-    """
-    if UPPER:
-        per_section = section * tiles
-        first_head = program // per_section * section
-        in_section = program % per_section
-        width = tl.minimum(section, programs // tiles - first_head)
-        tile = tiles - 1 - in_section // width
-        batch_head = first_head + in_section % width
-    else:
-        tile = program % tiles
-        batch_head = program // tiles
-    return tile, (batch_head % heads).to(tl.int64), (batch_head // heads).to(tl.int64)
-
-
-@triton.jit
-def _ranges(
-    row0, query_len, key_len, lower, upper, chunk,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The keys that any row of the tile sees, and within them the tiles that all rows see whole.
-
-    Returns:
-        start, full_start, full_end, end; the first three are multiples of BLOCK_N.
-    """
-    last = tl.minimum(row0 + BLOCK_M, query_len) - 1
-    start = 0
-    full_start = 0
-    end = key_len
-    full_end = key_len
-    if UPPER:
-        end = tl.minimum(end, last + upper + 1)
-        full_end = tl.minimum(full_end, row0 + upper + 1)
-    if LOWER:
-        start = tl.maximum(start, row0 + lower)
-        full_start = tl.maximum(full_start, last + lower)
-    if CHUNK:
-        start = tl.maximum(start, row0 // chunk * chunk)
-        end = tl.minimum(end, (last // chunk + 1) * chunk)
-        full_start = tl.maximum(full_start, last // chunk * chunk)
-        full_end = tl.minimum(full_end, (row0 // chunk + 1) * chunk)
-    if LOWER or CHUNK:
-        start = start // BLOCK_N * BLOCK_N
-        full_start = tl.cdiv(full_start, BLOCK_N) * BLOCK_N
-    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_start)
-    return start, full_start, full_end, end
 
 
 @triton.jit
@@ -286,9 +166,44 @@ def _load_query(
 ):
     dims = FIRST + tl.arange(0, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * stride_qm + dims[None, :]
-    return _load(
+    return load_tile(
         q_ptr + offsets, (rows < query_len)[:, None], (dims < D)[None, :], True, FIRST + WIDTH > D
     )
+
+
+@triton.jit
+def _quantize_query(
+    q_ptr, cos_ptr, sin_ptr, rows, query_len, stride_qm, stride_qd,
+    stride_cs, stride_cd, stride_ss, stride_sd, inverse,
+    D: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    GIVEN: tl.constexpr, HADAMARD: tl.constexpr, INT8: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The tile of queries, rotated and rounded with a scale a row, or with the one GIVEN."""
+    exists = (rows < query_len)[:, None]
+    low_cos = 1.0
+    low_sin = 0.0
+    high_cos = 1.0
+    high_sin = 0.0
+    if ROPE != 0:
+        low_cos, low_sin, high_cos, high_sin = load_tables(
+            cos_ptr, sin_ptr, rows, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+            D, BLOCK_M, ROPE, START, WIDTH, TABLE,
+        )  # fmt: skip
+    low, high = load_halves(
+        q_ptr, low_cos, low_sin, high_cos, high_sin, rows, exists, stride_qm, stride_qd,
+        D, D, BLOCK_M, ROPE, START, WIDTH,
+    )  # fmt: skip
+    if HADAMARD:
+        low, high = spread(low, high, D, BLOCK_M, INTERPRET)
+    if GIVEN:
+        descale = 1.0
+    else:
+        descale = descale_of(rows_amax(low, high, INT8), INT8)
+        inverse = (1.0 / descale)[:, None]
+    low8 = round_to(low * inverse, INT8, INTERPRET)
+    high8 = round_to(high * inverse, INT8, INTERPRET)
+    return whole_rows(low8, high8, D, BLOCK_M, ROPE), descale
 
 
 @triton.jit
@@ -320,7 +235,7 @@ def _store_output(
 #: Arguments whose value must not give rise to another compiled kernel. The strides of what is read
 #: in tiles are none of them: that they are multiples of 16 is what lets loads be wide.
 _ANY_VALUE = [
-    "stride_lb", "stride_lh", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
+    "stride_lb", "stride_lh", "q_inverse", "v_given", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
     "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
     "stride_vmd",
     "heads", "query_len", "key_len", "scale", "lower", "upper", "chunk",
@@ -330,8 +245,8 @@ _ANY_VALUE = [
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr,
-    q_descale_ptr, k_descale_ptr, v_descale_ptr, v_mean_ptr,
-    stride_qb, stride_qh, stride_qm,
+    q_descale_ptr, k_descale_ptr, v_descale_ptr, v_mean_ptr, cos_ptr, sin_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vd,
     stride_ob, stride_oh, stride_om,
@@ -341,7 +256,9 @@ def attention_forward(
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsd,
     stride_vmb, stride_vmh, stride_vmd,
-    heads, query_len, key_len, scale, lower, upper, chunk,
+    stride_cb, stride_ch, stride_cs, stride_cd,
+    stride_sb, stride_sh, stride_ss, stride_sd,
+    heads, query_len, key_len, scale, lower, upper, chunk, q_inverse, v_given,
     GROUP: tl.constexpr, Q_SCALE_GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
@@ -349,14 +266,18 @@ def attention_forward(
     LOWER: tl.constexpr, UPPER: tl.constexpr, CHUNK: tl.constexpr,
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr,
     Q_PER_ROW: tl.constexpr, K_BLOCK: tl.constexpr,
-    V_PER_CHANNEL: tl.constexpr, V_BLOCK: tl.constexpr,
+    V_PER_CHANNEL: tl.constexpr, V_BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+    QUANTIZE_Q: tl.constexpr, INT8: tl.constexpr, HADAMARD: tl.constexpr,
+    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_M queries of one head; grid (query tiles * heads * batch,).
 
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
-    query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query.
+    query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query. With
+    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is read:
+    that of query and key is part of ``scale``, that of the value is ``v_given``.
     """
     # Sizes that a compiler knows may arrive as constants, and bounds as 64-bit integers.
     query_len = tl.cast(query_len, tl.int32)
@@ -365,8 +286,8 @@ def attention_forward(
     lower = tl.maximum(tl.cast(lower, tl.int64), -query_len).to(tl.int32)
     chunk = tl.minimum(tl.cast(chunk, tl.int64), query_len + key_len).to(tl.int32)
     cached_keys = tl.full((), L2_BYTES // (D + DV), tl.int32)
-    section = GROUP * tl.maximum(cached_keys // key_len, 1)
-    tile, head, batch = _schedule(
+    section = GROUP * tl.maximum(cached_keys // tl.maximum(key_len, 1), 1)
+    tile, head, batch = schedule(
         tl.program_id(0), tl.cdiv(query_len, BLOCK_M), heads, tl.num_programs(0), section, UPPER
     )
     kv_head = head // GROUP
@@ -379,22 +300,39 @@ def attention_forward(
     q_descale_ptr += batch * stride_qsb + head // Q_SCALE_GROUP * stride_qsh
     k_descale_ptr += batch * stride_ksb + kv_head * stride_ksh
 
-    if Q_PER_ROW:
-        q_descale = tl.load(q_descale_ptr + rows * stride_qsm, mask=rows < query_len, other=0.0)
+    if QUANTIZE_Q:
+        q0, q_descale = _quantize_query(
+            q_ptr, cos_ptr + batch * stride_cb + head * stride_ch,
+            sin_ptr + batch * stride_sb + head * stride_sh, rows, query_len, stride_qm, stride_qd,
+            stride_cs, stride_cd, stride_ss, stride_sd, tl.cast(q_inverse, tl.float32),
+            D, BLOCK_M, ROPE, START, WIDTH, TABLE, GIVEN, HADAMARD, INT8, INTERPRET,
+        )  # fmt: skip
     else:
-        q_descale = tl.load(q_descale_ptr)
-    qk_scale = q_descale * (tl.cast(scale, tl.float32) * LOG2_E)
-    v_descale_ptr += batch * stride_vsb + kv_head * stride_vsh
-    v_scale = tl.full((), 1.0, tl.float32)
-    if not V_PER_CHANNEL and V_BLOCK == 0:
-        v_scale = tl.load(v_descale_ptr)
-    if K_BLOCK == 0:
-        qk_scale = qk_scale * tl.load(k_descale_ptr)
-
-    q0 = _load_query(q_ptr, stride_qm, rows, query_len, 0, D0, D)
+        q0 = _load_query(q_ptr, stride_qm, rows, query_len, 0, D0, D)
+        if GIVEN:
+            q_descale = 1.0
+        elif Q_PER_ROW:
+            q_descale = tl.load(q_descale_ptr + rows * stride_qsm, mask=rows < query_len, other=0.0)
+        else:
+            q_descale = tl.load(q_descale_ptr)
     q1 = q0
     if D1 > 0:
         q1 = _load_query(q_ptr, stride_qm, rows, query_len, D0, D1, D)
+    qk_scale = q_descale * (tl.cast(scale, tl.float32) * LOG2_E)
+    v_descale_ptr += batch * stride_vsb + kv_head * stride_vsh
+    start, full_start, full_end, end = key_ranges(
+        row0, query_len, key_len, lower, upper, chunk, BLOCK_M, BLOCK_N, LOWER, UPPER, CHUNK
+    )
+    v_scale = tl.full((), 1.0, tl.float32)
+    if GIVEN:
+        v_scale = tl.cast(v_given, tl.float32)
+    elif V_BLOCK > 0:
+        v_scale = _block_scale(v_descale_ptr, start, key_len, stride_vsd, V_BLOCK)
+    elif not V_PER_CHANNEL:
+        v_scale = tl.load(v_descale_ptr)
+    if K_BLOCK == 0 and not GIVEN:
+        qk_scale = qk_scale * tl.load(k_descale_ptr)
+
     acc0 = tl.zeros((BLOCK_M, DV0), tl.float32)
     acc1 = acc0
     if DV1 > 0:
@@ -402,9 +340,6 @@ def attention_forward(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    start, full_start, full_end, end = _ranges(
-        row0, query_len, key_len, lower, upper, chunk, BLOCK_M, BLOCK_N, LOWER, UPPER, CHUNK
-    )
     if LOWER or CHUNK:
         acc0, acc1, row_sum, row_max, v_scale = _attend(
             acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lp_inductor.kernels.triton.sizes import known
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -54,7 +56,7 @@ def choose_blocks(
     """
     if shared_memory == 0:
         return Blocks(32, 32, 4, 1)
-    per_row_mask = mask is not None and mask.shape[2] != 1
+    per_row_mask = mask is not None and not known(mask.shape[2] == 1)
     mask_bytes = mask.element_size() if mask is not None and per_row_mask else 0
     small = shared_memory < 200 * 1024
     if max(head_dim, value_head_dim) > 128:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from triton import JITFunction
 
-from lp_inductor.kernels.triton import attention_kernel, quantize_fine_kernel, quantize_kernel
+from lp_inductor.kernels.triton import attention_kernel, quantize_kernel
 
 
 def _starter(kernel: Any) -> Callable[..., None]:
@@ -25,10 +25,6 @@ def _starter(kernel: Any) -> Callable[..., None]:
 
 
 attention_forward = _starter(attention_kernel.attention_forward)
-head_statistics = _starter(quantize_kernel.head_statistics)
-finish_statistics = _starter(quantize_kernel.finish_statistics)
-finish_mean = _starter(quantize_kernel.finish_mean)
-quantize_tokens = _starter(quantize_kernel.quantize_tokens)
-quantize_transposed = _starter(quantize_kernel.quantize_transposed)
-sample_mean = _starter(quantize_fine_kernel.sample_mean)
-quantize_once = _starter(quantize_fine_kernel.quantize_once)
+quantize_operands = _starter(quantize_kernel.quantize_operands)
+sample_means = _starter(quantize_kernel.sample_means)
+finish_means = _starter(quantize_kernel.finish_means)

@@ -1,12 +1,17 @@
-"""Quantisation kernels in Triton: RoPE, centring and rounding to FP8.
+"""Quantisation in Triton: rotating, centring, spreading and rounding query, key and value at once.
 
-One scale per head needs two passes over the tokens: one for the statistics, by spans of tokens, and
-one that rounds; the rotation is computed in both rather than stored in between. The mean and the
-largest distance from it come out of the same pass, since that distance is reached at the largest
-or at the smallest number of a channel.
+One launch handles all operands of an attention call: the first programs take the tiles of the
+query, the next those of the key, the last those of the value. A tile is some tokens of one head; a
+program goes through a few heads at the same tokens, so that the rotation's tables come from the
+cache of its multiprocessor.
 
-A program handles a span of tokens, a tile at a time, of a few heads at once: their loads of the
-rotation's tables meet in the cache of one multiprocessor.
+What a scale covers decides how many passes there are. A row or a block of tokens is seen whole by
+one program, which rounds at once. One scale for a head needs a pass for the largest number first;
+the rounding pass then goes backwards through the operands, since what was read last is still in the
+L2 cache.
+
+Subtracting any constant from all keys changes no attention, and what is subtracted from the values
+is added to the result. So the mean over a sample of the tokens serves as well as over all.
 """
 
 from __future__ import annotations
@@ -14,295 +19,372 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lp_inductor.kernels.triton.attention_kernel import round_to_fp8
+from lp_inductor.kernels.triton.head_tiles import (
+    descale_of,
+    lanes_of,
+    load_halves,
+    load_tables,
+    round_to,
+    rows_amax,
+    spread,
+    whole_rows,
+)
 
-FP8_MAX = tl.constexpr(448.0)
-
-#: The constexpr ROPE of the kernels: which lanes make a pair.
-NO_ROPE, HALF, INTERLEAVED = 0, 1, 2
+#: The constexpr Q_SCALE, K_SCALE and V_SCALE: what is done with an operand's tiles. Nothing; write
+#: the largest number of each to ``partial``; round with a scale of its own, or one a row; round with
+#: the scale that is given; round with one scale a head, made of what AMAX wrote.
+ABSENT, AMAX, BLOCK, ROW, GIVEN, HEAD = 0, 1, 2, 3, 4, 5
 
 #: Arguments whose value must not give rise to another compiled kernel. Strides are none of them:
 #: that they are multiples of 16 is what lets loads be wide.
-_ANY_VALUE = ["heads", "tokens", "spans"]
+_ANY_VALUE = ["heads", "kv_heads", "q_tokens", "tokens", "q_inverse", "k_inverse", "v_inverse"]
 
 
 @triton.jit
-def tile_and_heads(HEADS_FIRST: tl.constexpr):
-    """Which tile of tokens and which group of heads a program computes.
-
-    Programs that run together shall read memory that lies together: where the heads of a token are
-    neighbours, all heads of some tokens; otherwise many tokens of a head.
-    """
-    if HEADS_FIRST:
-        return tl.program_id(1), tl.program_id(0)
-    return tl.program_id(0), tl.program_id(1)
-
-
-@triton.jit
-def _load(pointers, mask, other: tl.constexpr, MASKED: tl.constexpr):
-    """Load in float32."""
-    if MASKED:
-        return tl.load(pointers, mask=mask, other=other).to(tl.float32)
-    return tl.load(pointers).to(tl.float32)
+def _head_amax(partial_ptr, batch, head, heads, blocks, GROUP: tl.constexpr):
+    """The largest number of the GROUP neighbours of ``head``; partial is (batch, heads, blocks)."""
+    count = GROUP * blocks
+    entries = tl.arange(0, 256)
+    partial_ptr += (batch * heads + head // GROUP * GROUP) * blocks
+    amax = tl.zeros((256,), tl.float32)
+    for first in range(0, count, 256):
+        valid = first + entries < count
+        amax = tl.maximum(amax, tl.load(partial_ptr + first + entries, mask=valid, other=0.0))
+    return tl.max(amax, 0)
 
 
 @triton.jit
-def _load_rotated(
-    x_ptr, cos_ptr, sin_ptr, heads_mine, tokens_mine, tokens,
-    stride_xh, stride_xs, stride_xd, stride_ch, stride_cs, stride_cd,
-    stride_sh, stride_ss, stride_sd,
-    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    TAIL: tl.constexpr,
+def _store_rows(
+    out, low, high, tokens_mine, exists, stride_s,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """(HEADS, TILE, DP) in float32, lanes [START, START + WIDTH) rotated, zeros outside.
-
-    ``TABLE`` is the width of a row of the tables: WIDTH, or WIDTH / 2 where the lanes of a pair
-    share one entry. ``TAIL``: some tokens may not exist.
-    """
-    dims = tl.arange(0, DP)[None, None, :]
-    head = heads_mine.to(tl.int64)[:, None, None]
-    token = tokens_mine.to(tl.int64)[None, :, None]
-    exists = token < tokens
-    rows = x_ptr + (head * stride_xh + token * stride_xs)
-    x = _load(rows + dims * stride_xd, exists & (dims < D), 0.0, TAIL or DP > D)
-    if ROPE != 0:
-        lane = dims - START
-        window = (lane >= 0) & (lane < WIDTH)
-        if ROPE == 1:
-            is_first = lane < WIDTH // 2
-            partner = dims + tl.where(is_first, WIDTH // 2, -(WIDTH // 2))
-            pair = tl.where(is_first, lane, lane - WIDTH // 2)
-        else:
-            is_first = lane % 2 == 0
-            partner = dims + tl.where(is_first, 1, -1)
-            pair = lane // 2
-        in_window = exists & window
-        MASKED: tl.constexpr = TAIL or DP > WIDTH
-        if ROPE == 2 and START % 2 == 0:
-            even, odd = tl.split(tl.reshape(x, (HEADS, TILE, DP // 2, 2)))
-            other = tl.reshape(tl.join(odd, even), (HEADS, TILE, DP))
-        else:
-            other = _load(rows + partner * stride_xd, in_window, 0.0, MASKED)
-        entry = lane if TABLE == WIDTH else pair
-        cos_rows = cos_ptr + (head * stride_ch + token * stride_cs)
-        sin_rows = sin_ptr + (head * stride_sh + token * stride_ss)
-        cos = _load(cos_rows + entry * stride_cd, in_window, 1.0, MASKED)
-        sin = _load(sin_rows + entry * stride_sd, in_window, 0.0, MASKED)
-        x = x * cos + other * tl.where(is_first, -sin, sin)
-    return x
-
-
-@triton.jit(do_not_specialize=_ANY_VALUE)
-def head_statistics(
-    x_ptr, cos_ptr, sin_ptr, partial_ptr,
-    stride_xb, stride_xh, stride_xs, stride_xd,
-    stride_cb, stride_ch, stride_cs, stride_cd,
-    stride_sb, stride_sh, stride_ss, stride_sd,
-    heads, tokens, spans,
-    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    CENTER: tl.constexpr,
-):  # fmt: skip
-    """What a span of tokens adds to its heads' statistics; grid of spans and heads / HEADS.
-
-    Writes the largest absolute value to ``partial_ptr`` (batch, heads, spans); with CENTER the sum,
-    maximum and minimum of every channel to (batch, heads, spans, 3, DP).
-    """
-    span, group = tile_and_heads(HEADS_FIRST)
-    batch = tl.program_id(2).to(tl.int64)
-    heads_mine = group * HEADS + tl.arange(0, HEADS)
-    x_ptr += batch * stride_xb
-    cos_ptr += batch * stride_cb
-    sin_ptr += batch * stride_sb
-    first = span * (TILE * STEPS)
-    end = tl.minimum(first + TILE * STEPS, tokens)
-    whole = first + (end - first) // TILE * TILE
-    highest = tl.full((HEADS, TILE, DP), float("-inf"), tl.float32)
-    if CENTER:
-        lowest = tl.full((HEADS, TILE, DP), float("inf"), tl.float32)
-        total = tl.zeros((HEADS, TILE, DP), tl.float32)
-    for token in tl.range(first, whole, TILE, num_stages=1, loop_unroll_factor=2):
-        x = _load_rotated(
-            x_ptr, cos_ptr, sin_ptr, heads_mine, token + tl.arange(0, TILE), tokens,
-            stride_xh, stride_xs, stride_xd, stride_ch, stride_cs, stride_cd,
-            stride_sh, stride_ss, stride_sd,
-            D, DP, HEADS, TILE, ROPE, START, WIDTH, TABLE, False,
-        )  # fmt: skip
-        if CENTER:
-            highest = tl.maximum(highest, x)
-            lowest = tl.minimum(lowest, x)
-            total += x
-        else:
-            highest = tl.maximum(highest, tl.abs(x))
-    if whole < end:
-        tokens_mine = whole + tl.arange(0, TILE)
-        exists = (tokens_mine < tokens)[None, :, None]
-        x = _load_rotated(
-            x_ptr, cos_ptr, sin_ptr, heads_mine, tokens_mine, tokens,
-            stride_xh, stride_xs, stride_xd, stride_ch, stride_cs, stride_cd,
-            stride_sh, stride_ss, stride_sd,
-            D, DP, HEADS, TILE, ROPE, START, WIDTH, TABLE, True,
-        )  # fmt: skip
-        if CENTER:
-            highest = tl.maximum(highest, tl.where(exists, x, float("-inf")))
-            lowest = tl.minimum(lowest, tl.where(exists, x, float("inf")))
-            total += x
-        else:
-            highest = tl.maximum(highest, tl.abs(x))
-    entries = (batch * heads + heads_mine) * spans + span
-    if CENTER:
-        channels = partial_ptr + entries[:, None] * (3 * DP) + tl.arange(0, DP)[None, :]
-        tl.store(channels, tl.sum(total, 1))
-        tl.store(channels + DP, tl.max(highest, 1))
-        tl.store(channels + 2 * DP, tl.min(lowest, 1))
+    rows = out + tokens_mine.to(tl.int64)[:, None] * stride_s
+    if ROPE == 2:
+        dims = tl.arange(0, DP)[None, :]
+        tl.store(rows + dims, whole_rows(low, high, DP, TILE, ROPE), mask=exists & (dims < D))
     else:
-        tl.store(partial_ptr + entries, tl.max(tl.max(highest, 2), 1))
-
-
-@triton.jit(do_not_specialize=_ANY_VALUE)
-def finish_statistics(
-    partial_ptr, mean_ptr, descale_ptr, tokens, spans,
-    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Means (heads, D) and scales (heads,) from the statistics of the spans; grid (heads,)."""
-    head = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, DP)
-    total = tl.zeros((CHUNK, DP), tl.float32)
-    highest = tl.full((CHUNK, DP), float("-inf"), tl.float32)
-    lowest = tl.full((CHUNK, DP), float("inf"), tl.float32)
-    for first in range(0, spans, CHUNK):
-        entries = first + tl.arange(0, CHUNK)
-        valid = (entries < spans)[:, None]
-        pointers = partial_ptr + (head * spans + entries)[:, None] * (3 * DP) + dims[None, :]
-        total += tl.load(pointers, mask=valid, other=0.0)
-        highest = tl.maximum(highest, tl.load(pointers + DP, mask=valid, other=float("-inf")))
-        lowest = tl.minimum(lowest, tl.load(pointers + 2 * DP, mask=valid, other=float("inf")))
-    mean = tl.sum(total, 0) / tokens
-    distance = tl.maximum(tl.max(highest, 0) - mean, mean - tl.min(lowest, 0))
-    amax = tl.max(tl.where(dims < D, distance, 0.0), 0)
-    tl.store(mean_ptr + head * D + dims, mean, mask=dims < D)
-    tl.store(descale_ptr + head, tl.where(amax > 0, amax / FP8_MAX, 1.0))
-
-
-@triton.jit(do_not_specialize=_ANY_VALUE)
-def finish_mean(
-    partial_ptr, mean_ptr, descale_ptr, tokens, spans,
-    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Add to the means (heads, D) what rounding took off them, summed by spans; grid (heads,)."""
-    head = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, DP)
-    total = tl.zeros((CHUNK, DP), tl.float32)
-    for first in range(0, spans, CHUNK):
-        entries = first + tl.arange(0, CHUNK)
-        pointers = partial_ptr + (head * spans + entries)[:, None] * DP + dims[None, :]
-        total += tl.load(pointers, mask=(entries < spans)[:, None], other=0.0)
-    lost = tl.sum(total, 0) * (tl.load(descale_ptr + head) / tokens)
-    pointers = mean_ptr + head * D + dims
-    tl.store(pointers, tl.load(pointers, mask=dims < D) + lost, mask=dims < D)
+        low_lanes, high_lanes = lanes_of(DP, ROPE)
+        tl.store(rows + low_lanes[None, :], low, mask=exists & (low_lanes < D)[None, :])
+        tl.store(rows + high_lanes[None, :], high, mask=exists & (high_lanes < D)[None, :])
 
 
 @triton.jit
-def _group_descale(
-    partial_ptr, rows, spans, GROUP: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr
+def _store_transposed(
+    out, low, high, tokens_mine, padded_tokens, D: tl.constexpr, DP: tl.constexpr
 ):
-    """The scales (HEADS,) of heads whose GROUP neighbours share one: (batch, heads, spans) in."""
-    amax = tl.zeros((HEADS, CHUNK), tl.float32)
-    count = GROUP * spans
-    for first in range(0, count, CHUNK):
-        entries = (first + tl.arange(0, CHUNK))[None, :]
-        pointers = partial_ptr + (rows // GROUP)[:, None] * count + entries
-        amax = tl.maximum(amax, tl.load(pointers, mask=entries < count, other=0.0))
-    largest = tl.max(amax, 1)
-    return tl.where(largest > 0, largest / FP8_MAX, 1.0)
+    valid = (tokens_mine < padded_tokens)[None, :]
+    low_lanes, high_lanes = lanes_of(DP, 0)
+    low_rows = out + low_lanes.to(tl.int64)[:, None] * padded_tokens
+    high_rows = out + high_lanes.to(tl.int64)[:, None] * padded_tokens
+    columns = tokens_mine[None, :]
+    tl.store(low_rows + columns, tl.trans(low), mask=valid & (low_lanes < D)[:, None])
+    tl.store(high_rows + columns, tl.trans(high), mask=valid & (high_lanes < D)[:, None])
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
-def quantize_tokens(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, partial_ptr, mean_ptr, descale_ptr,
-    stride_xb, stride_xh, stride_xs, stride_xd,
-    stride_cb, stride_ch, stride_cs, stride_cd,
-    stride_sb, stride_sh, stride_ss, stride_sd,
-    stride_ob, stride_oh, stride_os,
-    heads, tokens, spans,
-    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr, HEADS_FIRST: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    CENTER: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Round a span of tokens of some heads to FP8; grid of spans and heads / HEADS.
-
-    With CENTER the mean and the scale of a head are read. Otherwise the scale of each GROUP of
-    heads is taken from the statistics of the spans, and written by the first span.
-    """
-    span, group = tile_and_heads(HEADS_FIRST)
-    batch = tl.program_id(2).to(tl.int64)
-    heads_mine = group * HEADS + tl.arange(0, HEADS)
-    rows = batch * heads + heads_mine
-    dims = tl.arange(0, DP)
-    x_ptr += batch * stride_xb
-    cos_ptr += batch * stride_cb
-    sin_ptr += batch * stride_sb
-    out_ptr += batch * stride_ob
-    if CENTER:
-        lanes = rows[:, None] * D + dims[None, :]
-        mean = tl.load(mean_ptr + lanes, mask=(dims < D)[None, :], other=0.0)[:, None, :]
-        descale = tl.load(descale_ptr + rows)
-    else:
-        descale = _group_descale(partial_ptr, rows, spans, GROUP, HEADS, 512)
-        tl.store(descale_ptr + rows // GROUP, descale, mask=(span == 0) & (rows % GROUP == 0))
-    inverse = (1.0 / descale)[:, None, None]
-    first = span * (TILE * STEPS)
-    for token in tl.range(first, tl.minimum(first + TILE * STEPS, tokens), TILE, num_stages=1):
-        tokens_mine = token + tl.arange(0, TILE)
-        x = _load_rotated(
-            x_ptr, cos_ptr, sin_ptr, heads_mine, tokens_mine, tokens,
-            stride_xh, stride_xs, stride_xd, stride_ch, stride_cs, stride_cd,
-            stride_sh, stride_ss, stride_sd,
-            D, DP, HEADS, TILE, ROPE, START, WIDTH, TABLE, True,
-        )  # fmt: skip
-        if CENTER:
-            x -= mean
-        x = tl.clamp(x * inverse, -FP8_MAX, FP8_MAX)
-        head = heads_mine.to(tl.int64)[:, None, None]
-        token_2d = tokens_mine.to(tl.int64)[None, :, None]
-        pointers = out_ptr + (head * stride_oh + token_2d * stride_os) + dims[None, None, :]
-        stored = (token_2d < tokens) & (dims < D)[None, None, :]
-        tl.store(pointers, round_to_fp8(x, INTERPRET), mask=stored)
-
-
-@triton.jit(do_not_specialize=_ANY_VALUE)
-def quantize_transposed(
-    x_ptr, out_ptr, lost_ptr, mean_ptr, descale_ptr,
-    stride_xb, stride_xh, stride_xs, stride_xd, stride_od,
-    heads, tokens, spans, padded_tokens,
-    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+@triton.jit
+def _one_head(
+    low, high, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
+    inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
+    D: tl.constexpr, DP: tl.constexpr, ROW_BYTES: tl.constexpr, TILE: tl.constexpr,
+    ROPE: tl.constexpr, SCALE: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr,
+    INT8: tl.constexpr, TRANSPOSE: tl.constexpr, LOST: tl.constexpr, GROUP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Centre a tile of tokens, round it to FP8 and store it transposed; grid of spans and heads.
-
-    ``out_ptr`` is (batch, heads, D, padded_tokens), contiguous; behind the last token are zeros.
-    ``lost_ptr`` (batch, heads, spans, DP) receives what rounding took off, summed over the tile, in
-    units of the scale.
-    """
-    span, head = tile_and_heads(HEADS_FIRST)
-    head = head.to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    """Everything behind the rotation."""
     row = batch * heads + head
-    dims = tl.arange(0, DP)
-    tokens_mine = span * TILE + tl.arange(0, TILE)
+    low_lanes, high_lanes = lanes_of(DP, ROPE)
+    if HADAMARD:
+        low, high = spread(low, high, DP, TILE, INTERPRET)
+    if CENTER:
+        means = mean_ptr + row * D
+        low_mean = tl.load(means + low_lanes, mask=low_lanes < D, other=0.0)
+        high_mean = tl.load(means + high_lanes, mask=high_lanes < D, other=0.0)
+        low = tl.where(exists, low - low_mean[None, :], 0.0)
+        high = tl.where(exists, high - high_mean[None, :], 0.0)
+    if SCALE == 1:
+        tl.store(partial_ptr + row * blocks + block, tl.max(rows_amax(low, high, False), 0))
+        if LOST:
+            lost = lost_ptr + (row * blocks + block) * DP
+            tl.store(lost + low_lanes, tl.sum(low, 0))
+            tl.store(lost + high_lanes, tl.sum(high, 0))
+    else:
+        if SCALE == 2:
+            descale = descale_of(tl.max(rows_amax(low, high, False), 0), INT8)
+            tl.store(descale_ptr + row * blocks + block, descale)
+            inverse = 1.0 / descale
+        if SCALE == 3:
+            descale = descale_of(rows_amax(low, high, INT8), INT8)
+            tl.store(descale_ptr + row * tokens + tokens_mine, descale, mask=tokens_mine < tokens)
+            inverse = (1.0 / descale)[:, None]
+        if SCALE == 5:
+            descale = descale_of(_head_amax(partial_ptr, batch, head, heads, blocks, GROUP), INT8)
+            tl.store(descale_ptr + row // GROUP, descale, mask=(block == 0) & (row % GROUP == 0))
+            inverse = 1.0 / descale
+        low *= inverse
+        high *= inverse
+        low8 = round_to(low, INT8, INTERPRET)
+        high8 = round_to(high, INT8, INTERPRET)
+        if LOST:
+            lost = lost_ptr + (row * blocks + block) * DP
+            tl.store(lost + low_lanes, tl.sum(low - low8.to(tl.float32), 0))
+            tl.store(lost + high_lanes, tl.sum(high - high8.to(tl.float32), 0))
+        if TRANSPOSE:
+            padded = tl.cdiv(tokens, 16) * 16
+            out = out_ptr + row * D * padded.to(tl.int64)
+            _store_transposed(out, low8, high8, tokens_mine, padded, D, DP)
+        else:
+            out = out_ptr + (batch * tokens * heads + head) * ROW_BYTES
+            stride = heads * ROW_BYTES
+            _store_rows(out, low8, high8, tokens_mine, exists, stride, D, DP, TILE, ROPE)
+
+
+@triton.jit
+def _tiles(
+    program, x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
+    stride_xb, stride_xh, stride_xs, stride_xd,
+    stride_cb, stride_ch, stride_cs, stride_cd,
+    stride_sb, stride_sh, stride_ss, stride_sd,
+    inverse, heads, tokens,
+    D: tl.constexpr, DP: tl.constexpr, ROW_BYTES: tl.constexpr, TILE: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    TABLE_PER_HEAD: tl.constexpr, SCALE: tl.constexpr, CENTER: tl.constexpr,
+    HADAMARD: tl.constexpr, INT8: tl.constexpr, TRANSPOSE: tl.constexpr, LOST: tl.constexpr,
+    GROUP: tl.constexpr, KEEP: tl.constexpr, NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """TILE tokens of HEADS heads of one operand.
+
+    Programs that run together read memory that lies together: with HEADS_FIRST, where the heads of
+    a token are neighbours, all heads of some tokens; otherwise many tokens of a head.
+    """
+    blocks = tl.cdiv(tokens, TILE)
+    groups = heads // HEADS
+    if HEADS_FIRST:
+        block = program // groups
+        group = program % groups
+    else:
+        block = program % blocks
+        group = program // blocks
+    batch = tl.program_id(1).to(tl.int64)
+    tokens_mine = block * TILE + tl.arange(0, TILE)
     exists = (tokens_mine < tokens)[:, None]
-    x_ptr += batch * stride_xb + head * stride_xh
-    pointers = x_ptr + tokens_mine.to(tl.int64)[:, None] * stride_xs + dims[None, :] * stride_xd
-    x = tl.load(pointers, mask=exists & (dims < D)[None, :], other=0.0).to(tl.float32)
-    x -= tl.load(mean_ptr + row * D + dims, mask=dims < D, other=0.0)[None, :]
-    x = tl.clamp(x * (1.0 / tl.load(descale_ptr + row)), -FP8_MAX, FP8_MAX)
-    x = tl.where(exists, x, 0.0)
-    rounded = round_to_fp8(x, INTERPRET)
-    lost = tl.sum(x - rounded.to(tl.float32), 0)
-    tl.store(lost_ptr + (row * spans + span) * DP + dims, lost)
-    out = out_ptr + (row * D + dims[:, None]) * stride_od + tokens_mine[None, :]
-    stored = (dims < D)[:, None] & (tokens_mine < padded_tokens)[None, :]
-    tl.store(out, tl.trans(rounded), mask=stored)
+    x_ptr += batch * stride_xb
+    cos_ptr += batch * stride_cb
+    sin_ptr += batch * stride_sb
+    low_cos = 1.0
+    low_sin = 0.0
+    high_cos = 1.0
+    high_sin = 0.0
+    if ROPE != 0 and KEEP and not TABLE_PER_HEAD:
+        low_cos, low_sin, high_cos, high_sin = load_tables(
+            cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+            DP, TILE, ROPE, START, WIDTH, TABLE,
+        )  # fmt: skip
+    for index in tl.range(0, HEADS, num_stages=NUM_STAGES):
+        head = (group * HEADS + index).to(tl.int64)
+        if ROPE != 0 and (TABLE_PER_HEAD or not KEEP):
+            cos_low, sin_low, cos_high, sin_high = load_tables(
+                cos_ptr + head * stride_ch, sin_ptr + head * stride_sh, tokens_mine, exists,
+                stride_cs, stride_cd, stride_ss, stride_sd, DP, TILE, ROPE, START, WIDTH, TABLE,
+            )  # fmt: skip
+        else:
+            cos_low, sin_low, cos_high, sin_high = low_cos, low_sin, high_cos, high_sin
+        low, high = load_halves(
+            x_ptr + head * stride_xh, cos_low, sin_low, cos_high, sin_high,
+            tokens_mine, exists, stride_xs, stride_xd, D, DP, TILE, ROPE, START, WIDTH,
+        )  # fmt: skip
+        _one_head(
+            low, high, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
+            inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
+            D, DP, ROW_BYTES, TILE, ROPE, SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, LOST, GROUP,
+            INTERPRET,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE)
+def quantize_operands(
+    q_ptr, k_ptr, v_ptr, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, k_mean_ptr, v_mean_ptr,
+    q_out_ptr, k_out_ptr, v_out_ptr, q_descale_ptr, k_descale_ptr, v_descale_ptr,
+    q_partial_ptr, k_partial_ptr, v_partial_ptr, lost_ptr,
+    stride_qb, stride_qh, stride_qs, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd,
+    stride_qcb, stride_qch, stride_qcs, stride_qcd, stride_qnb, stride_qnh, stride_qns, stride_qnd,
+    stride_kcb, stride_kch, stride_kcs, stride_kcd, stride_knb, stride_knh, stride_kns, stride_knd,
+    heads, kv_heads, q_tokens, tokens, q_inverse, k_inverse, v_inverse,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ROW_BYTES: tl.constexpr, V_ROW_BYTES: tl.constexpr,
+    Q_TILE: tl.constexpr, TILE: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
+    Q_HEADS_FIRST: tl.constexpr, K_HEADS_FIRST: tl.constexpr, V_HEADS_FIRST: tl.constexpr,
+    Q_ROPE: tl.constexpr, Q_START: tl.constexpr, Q_WIDTH: tl.constexpr, Q_TABLE: tl.constexpr,
+    Q_TABLE_PER_HEAD: tl.constexpr,
+    K_ROPE: tl.constexpr, K_START: tl.constexpr, K_WIDTH: tl.constexpr, K_TABLE: tl.constexpr,
+    K_TABLE_PER_HEAD: tl.constexpr,
+    Q_SCALE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INT8: tl.constexpr,
+    TRANSPOSE: tl.constexpr, LOST: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of the query, the key and the value, batch).
+
+    Tables are ``cos`` (strides c) and ``sin`` (strides n). What is written is contiguous: ``out``
+    (batch, tokens, heads, ROW_BYTES) or, of a value with TRANSPOSE, (batch, heads, D, tokens padded
+    to a multiple of 16, zeros behind the last); ``descale`` (batch, heads, blocks), (batch, heads,
+    tokens) or (batch, heads / GROUP); ``partial`` (batch, heads, blocks); with LOST also, of the
+    value summed over each block, (batch, heads, blocks, DVP): with AMAX what centring left of it,
+    otherwise what rounding took off, in units of its scale. ``inverse`` is 1 / descale where the scale is GIVEN.
+    """
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    q_programs = 0
+    k_programs = 0
+    q_tokens = tl.cast(q_tokens, tl.int32)
+    tokens = tl.cast(tokens, tl.int32)
+    heads = tl.cast(heads, tl.int32)
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    if Q_SCALE != 0:
+        q_programs = tl.cdiv(q_tokens, Q_TILE) * (heads // Q_HEADS)
+    if K_SCALE != 0:
+        k_programs = tl.cdiv(tokens, TILE) * (kv_heads // K_HEADS)
+    if Q_SCALE != 0:
+        if program < q_programs:
+            _tiles(
+                program, q_ptr, q_cos_ptr, q_sin_ptr, q_ptr, q_out_ptr, q_descale_ptr,
+                q_partial_ptr, lost_ptr, stride_qb, stride_qh, stride_qs, stride_qd,
+                stride_qcb, stride_qch, stride_qcs, stride_qcd,
+                stride_qnb, stride_qnh, stride_qns, stride_qnd,
+                tl.cast(q_inverse, tl.float32), heads, q_tokens,
+                D, DP, ROW_BYTES, Q_TILE, Q_HEADS, Q_HEADS_FIRST,
+                Q_ROPE, Q_START, Q_WIDTH, Q_TABLE, Q_TABLE_PER_HEAD,
+                Q_SCALE, False, HADAMARD_QK, INT8, False, False, GROUP, KEEP, NUM_STAGES, INTERPRET,
+            )  # fmt: skip
+    if K_SCALE != 0:
+        if (program >= q_programs) & (program < q_programs + k_programs):
+            _tiles(
+                program - q_programs, k_ptr, k_cos_ptr, k_sin_ptr, k_mean_ptr, k_out_ptr,
+                k_descale_ptr, k_partial_ptr, lost_ptr, stride_kb, stride_kh, stride_ks, stride_kd,
+                stride_kcb, stride_kch, stride_kcs, stride_kcd,
+                stride_knb, stride_knh, stride_kns, stride_knd,
+                tl.cast(k_inverse, tl.float32), kv_heads, tokens,
+                D, DP, ROW_BYTES, TILE, K_HEADS, K_HEADS_FIRST,
+                K_ROPE, K_START, K_WIDTH, K_TABLE, K_TABLE_PER_HEAD,
+                K_SCALE, CENTER_K, HADAMARD_QK, INT8, False, False, 1, KEEP, NUM_STAGES, INTERPRET,
+            )  # fmt: skip
+    if V_SCALE != 0:
+        if program >= q_programs + k_programs:
+            _tiles(
+                program - q_programs - k_programs, v_ptr, v_ptr, v_ptr, v_mean_ptr, v_out_ptr,
+                v_descale_ptr, v_partial_ptr, lost_ptr, stride_vb, stride_vh, stride_vs, stride_vd,
+                0, 0, 0, 0, 0, 0, 0, 0,
+                tl.cast(v_inverse, tl.float32), kv_heads, tokens,
+                DV, DVP, V_ROW_BYTES, TILE, V_HEADS, V_HEADS_FIRST, 0, 0, 2, 2, False,
+                V_SCALE, CENTER_V, HADAMARD_V, False, TRANSPOSE, LOST, 1, False, NUM_STAGES, INTERPRET,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sample(
+    x_ptr, cos_ptr, sin_ptr, mean_ptr, row, tokens,
+    stride_xs, stride_xd, stride_cs, stride_cd, stride_ss, stride_sd,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
+    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    HADAMARD: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The mean over every ``step``-th token of one head."""
+    step = tl.maximum(tl.cdiv(tokens, TILE), 1)
+    samples = tl.cdiv(tokens, step)
+    index = tl.arange(0, TILE)
+    exists = (index < samples)[:, None]
+    tokens_mine = index * step
+    low_cos = 1.0
+    low_sin = 0.0
+    high_cos = 1.0
+    high_sin = 0.0
+    if ROPE != 0:
+        low_cos, low_sin, high_cos, high_sin = load_tables(
+            cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+            DP, TILE, ROPE, START, WIDTH, TABLE,
+        )  # fmt: skip
+    low, high = load_halves(
+        x_ptr, low_cos, low_sin, high_cos, high_sin, tokens_mine, exists, stride_xs, stride_xd,
+        D, DP, TILE, ROPE, START, WIDTH,
+    )  # fmt: skip
+    if HADAMARD:
+        low, high = spread(low, high, DP, TILE, INTERPRET)
+    low_lanes, high_lanes = lanes_of(DP, ROPE)
+    mean_ptr += row * D
+    tl.store(mean_ptr + low_lanes, tl.sum(low, 0) / samples, mask=low_lanes < D)
+    tl.store(mean_ptr + high_lanes, tl.sum(high, 0) / samples, mask=high_lanes < D)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "tokens"])
+def sample_means(
+    k_ptr, v_ptr, cos_ptr, sin_ptr, k_mean_ptr, v_mean_ptr,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd,
+    stride_cb, stride_ch, stride_cs, stride_cd, stride_nb, stride_nh, stride_ns, stride_nd,
+    kv_heads, tokens,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr,
+    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
+    CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Means over at most TILE tokens, evenly spread, of what is rounded; both (batch, heads, dim).
+
+    Grid (kv_heads, of the key, the value or both, batch).
+    """
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    tokens = tl.cast(tokens, tl.int32)
+    batch = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    row = batch * kv_heads + head
+    if CENTER_K:
+        if tl.program_id(0) < kv_heads:
+            _sample(
+                k_ptr + batch * stride_kb + head * stride_kh,
+                cos_ptr + batch * stride_cb + head * stride_ch,
+                sin_ptr + batch * stride_nb + head * stride_nh, k_mean_ptr, row, tokens,
+                stride_ks, stride_kd, stride_cs, stride_cd, stride_ns, stride_nd,
+                D, DP, TILE, ROPE, START, WIDTH, TABLE, HADAMARD_QK, INTERPRET,
+            )  # fmt: skip
+    if CENTER_V:
+        if (not CENTER_K) or tl.program_id(0) >= kv_heads:
+            _sample(
+                v_ptr + batch * stride_vb + head * stride_vh, v_ptr, v_ptr, v_mean_ptr, row, tokens,
+                stride_vs, stride_vd, 0, 0, 0, 0,
+                DV, DVP, TILE, 0, 0, 2, 2, HADAMARD_V, INTERPRET,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def finish_means(
+    lost_ptr, mean_ptr, descale_ptr, partial_ptr, tokens, blocks,
+    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Add to the means (heads, D) what is missing, summed by blocks; grid (heads,).
+
+    ROUNDED: the sums are what rounding took off, in units of the scale. Otherwise they are what
+    the first means left, and the largest numbers in ``partial`` grow by as much as the means move.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, DP)
+    total = tl.zeros((CHUNK, DP), tl.float32)
+    for first in range(0, blocks, CHUNK):
+        entries = first + tl.arange(0, CHUNK)
+        pointers = lost_ptr + (head * blocks + entries)[:, None] * DP + dims[None, :]
+        total += tl.load(pointers, mask=(entries < blocks)[:, None], other=0.0)
+    missing = tl.sum(total, 0) / tokens
+    if ROUNDED:
+        missing *= tl.load(descale_ptr + head)
+    pointers = mean_ptr + head * D + dims
+    tl.store(pointers, tl.load(pointers, mask=dims < D) + missing, mask=dims < D)
+    if not ROUNDED:
+        moved = tl.max(tl.where(dims < D, tl.abs(missing), 0.0), 0)
+        for first in range(0, blocks, CHUNK):
+            entries = first + tl.arange(0, CHUNK)
+            largest = partial_ptr + head * blocks + entries
+            amax = tl.load(largest, mask=entries < blocks)
+            tl.store(largest, amax + moved, mask=entries < blocks)

@@ -1,0 +1,126 @@
+"""A whole attention site: rotation, quantisation and attention, in as few launches as it takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lp_inductor.kernels.triton.attention import RawQuery, attention_triton, takes_raw_query
+from lp_inductor.kernels.triton.blocks import choose_blocks
+from lp_inductor.kernels.triton.operands import (
+    Cut,
+    Operands,
+    Quantized,
+    quantize_fine,
+    quantize_per_head,
+)
+from lp_inductor.kernels.triton.rope import Rope
+from lp_inductor.kernels.triton.sizes import FP8, shared_memory
+from lp_inductor.visibility import Visibility
+
+Granularity = Literal["per_block", "per_head"]
+
+
+def attention_layer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    q_rope: Rope | None = None,
+    k_rope: Rope | None = None,
+    granularity: Granularity = "per_block",
+    qk_dtype: torch.dtype = FP8,
+    hadamard_qk: bool = False,
+    hadamard_v: bool = False,
+    center_key: bool = True,
+    center_value: bool = True,
+    static_descales: tuple[float, float, float] | None = None,
+    visible: Visibility | None = None,
+    scale: float | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    raw_query: bool | None = None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """FP8 attention of operands in bfloat16, float16 or float32, of any strides.
+
+    "per_block": a query has a scale a row, keys and values one for 128 tokens. "per_head": all have
+    one a key/value head, which takes a second pass over them. With int8 query and key have a scale a
+    row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
+    that would bind a traced graph to it.
+
+    Args:
+        query: (batch, heads, query_tokens, head_dim); head_dim up to 256.
+        key: (batch, kv_heads, key_tokens, head_dim); kv_heads divides heads.
+        value: (batch, kv_heads, key_tokens, value_head_dim); value_head_dim up to 256.
+        q_rope, k_rope: rotations before quantisation; None: none.
+        granularity: what a scale covers.
+        qk_dtype: float8_e4m3fn, or int8 for query and key: a finer step, and slower.
+        hadamard_qk: multiply query and key by a Hadamard matrix, which spreads outliers over the
+            head and leaves the scores as they are. head_dim is a power of two from 16 to 256.
+        hadamard_v: multiply every row of the value by H / value_head_dim ** 0.5, with H Sylvester's
+            Hadamard matrix. Attention is linear in the value, so the result comes out multiplied by
+            the same matrix, its mean included: the caller multiplies by it once more, which is its
+            own inverse. value_head_dim is a power of two from 16 to 256.
+        center_key: subtract a constant from every channel of the key.
+        center_value: subtract a constant from every channel of the value, and add it to the result
+            of every query that sees a key. Always done where the kernel adds products of tiles in
+            the matrix unit, which is above head_dim 128.
+        static_descales: scales of query, key and value for all heads, which need no look at the
+            numbers; those beyond the range are clamped.
+        visible: which keys each query sees; None: all.
+        scale: of the scores; None: head_dim ** -0.5.
+        out_dtype: bfloat16, float16 or float32.
+        raw_query: let the attention kernel quantise the query; None: where that was faster.
+        cut: tiles of the quantisation; None: as measured best.
+
+    Returns:
+        (batch, heads, query_tokens, value_head_dim) in ``out_dtype``, stored in the order (batch,
+        tokens, heads, dim); zeros for queries that see no key.
+    """
+    visible = visible or Visibility()
+    head_dim, dim_v = key.shape[-1], value.shape[-1]
+    blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
+    center_value = center_value or not blocks.two_level
+    per_head = granularity == "per_head" and qk_dtype == FP8 and static_descales is None
+    if per_head:
+        raw_query = False
+    elif raw_query is None:
+        raw_query = takes_raw_query(head_dim) and head_dim <= 128
+    operands = Operands(
+        None if raw_query else query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v
+    )
+    if per_head:
+        done = quantize_per_head(
+            operands, group_size=query.shape[1] // key.shape[1],
+            center_key=center_key, center_value=center_value, cut=cut,
+        )  # fmt: skip
+    else:
+        done = quantize_fine(
+            operands, qk_dtype=qk_dtype, center_key=center_key, center_value=center_value,
+            static_descales=static_descales, cut=cut,
+        )  # fmt: skip
+    return _attend(
+        done, query, RawQuery(q_rope, hadamard_qk) if raw_query else None,
+        static_descales, visible, scale, out_dtype,
+    )  # fmt: skip
+
+
+def _attend(
+    done: Quantized,
+    query: Tensor,
+    raw: RawQuery | None,
+    static_descales: tuple[float, float, float] | None,
+    visible: Visibility,
+    scale: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    assert done.key is not None and done.value is not None
+    quantized = query if raw is not None else done.query
+    assert quantized is not None
+    return attention_triton(
+        quantized, done.key, done.value, done.q_descale, done.k_descale, done.v_descale,
+        v_mean=done.v_mean, visible=visible, scale=scale, out_dtype=out_dtype,
+        raw_query=raw, static_descales=static_descales,
+    )[0]  # fmt: skip
