@@ -23,7 +23,8 @@ from tests.helpers import compile_fp8, sqnr
 from tests.test_rewrites import MIN_DB, REWRITTEN, qkv
 
 DEVICE = torch.device("cuda")
-FA3 = Fp8Config(kernel="fa3")
+#: Short sequences too, where it need not pay.
+FA3 = Fp8Config(kernel="fa3", force=True)
 
 
 def missing_fa3() -> str | None:
@@ -163,7 +164,7 @@ def test_compiled(name: str, mode: str) -> None:
         (site,) = lp_inductor.explain(model, *operands, config=FA3).sites
         torch._dynamo.reset()
         compiled = torch.compile(
-            model, backend="lp_fp8", options={"kernel": "fa3"}, mode=None, fullgraph=True
+            model, backend="lp_fp8", options={"kernel": "fa3", "force": True}, mode=None, fullgraph=True
         )
         if mode != "default":
             compiled = compile_fp8(model, FA3, fullgraph=True, mode=mode)
@@ -251,7 +252,7 @@ def activated() -> Iterator[None]:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_activated(activated: None, mode: str) -> None:
     """The ATen overload, as PyTorch's dispatcher has it, eager and compiled."""
-    config = Fp8Config(kernel="activated")
+    config = Fp8Config(kernel="activated", force=True)
     operands = [t.cuda() for t in qkv(kv_heads=2)]
     wanted = models.llama(*(t.double() for t in operands))
     with torch.no_grad():

@@ -94,6 +94,7 @@ class Fa3Kernel(FlashKernel):
     """
 
     name = "fa3"
+    measured_as = "fa3"
     masks = frozenset({MaskPart.CAUSAL, MaskPart.BAND})
 
     def __init__(self, libraries: tuple[Fa3Library, ...] = LIBRARIES) -> None:

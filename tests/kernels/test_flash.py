@@ -377,6 +377,7 @@ class OnCpu(Fa3Kernel):
     """FA3 with its operator on a CPU."""
 
     name = "fa3-on-cpu"
+    measured_as = None
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On CPUs."""
