@@ -164,7 +164,11 @@ def test_compiled(name: str, mode: str) -> None:
         (site,) = lp_inductor.explain(model, *operands, config=FA3).sites
         torch._dynamo.reset()
         compiled = torch.compile(
-            model, backend="lp_fp8", options={"kernel": "fa3", "force": True}, mode=None, fullgraph=True
+            model,
+            backend="lp_fp8",
+            options={"kernel": "fa3", "force": True},
+            mode=None,
+            fullgraph=True,
         )
         if mode != "default":
             compiled = compile_fp8(model, FA3, fullgraph=True, mode=mode)
