@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lp_inductor import reference
+from lp_inductor.kernels.triton import operators
 from lp_inductor.quantization import FP8, TOKEN_BLOCK
 from lp_inductor.visibility import Visibility
 
@@ -239,9 +240,11 @@ def run_kernel(
     return reference.to_bshd_storage(out)
 
 
+_lib.impl("quantize", reference.quantize, "CPU")
+_lib.impl("quantize", operators.quantize, "CUDA")
+_lib.impl("quantize_centered", reference.quantize_centered, "CPU")
+_lib.impl("quantize_centered", operators.quantize_centered, "CUDA")
 for _backend in ("CPU", "CUDA"):
-    _lib.impl("quantize", reference.quantize, _backend)
-    _lib.impl("quantize_centered", reference.quantize_centered, _backend)
     _lib.impl("hadamard", reference.hadamard, _backend)
     _lib.impl("sdpa_quantized", run_kernel, _backend)
 

@@ -15,12 +15,14 @@ from lp_inductor.kernels.fa3 import Fa3Kernel
 from lp_inductor.kernels.fa4 import Fa4Kernel
 from lp_inductor.kernels.measured import SPEEDUPS
 from lp_inductor.kernels.reference import ReferenceKernel
+from lp_inductor.kernels.triton.kernel import TritonKernel
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.quantization import HADAMARD_DIMS
 
 #: In the order in which "auto" asks. The reference kernel is asked on CPUs only.
 _KERNELS: dict[str, Kernel] = {
-    k.name: k for k in (ActivatedKernel(), Fa3Kernel(), Fa4Kernel(), ReferenceKernel())
+    k.name: k
+    for k in (ActivatedKernel(), Fa3Kernel(), Fa4Kernel(), TritonKernel(), ReferenceKernel())
 }
 _BUILT_IN = frozenset(_KERNELS)
 
@@ -73,12 +75,14 @@ def get_kernel(name: str) -> Kernel:
 def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
     """The kernels to ask for a call.
 
-    The reference kernel on a GPU is slow by construction, so there it must be asked for by name.
+    The reference kernel on a GPU is slow by construction, and so are kernels for GPUs that are
+    interpreted on a CPU: there they must be asked for by name.
     """
     if config.kernel != "auto":
         return (get_kernel(config.kernel),)
-    is_cpu = call.device.type == "cpu"
-    return tuple(k for k in _KERNELS.values() if is_cpu or k.name != ReferenceKernel.name)
+    if call.device.type == "cpu":
+        return tuple(k for k in _KERNELS.values() if k.measured_as is None)
+    return tuple(k for k in _KERNELS.values() if k.name != ReferenceKernel.name)
 
 
 def allow_all(kernel: Kernel) -> Ok | Miss:

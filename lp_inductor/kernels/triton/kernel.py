@@ -19,18 +19,25 @@ _CAPABILITY = (8, 9)
 class TritonKernel(Kernel):
     """Every mask, any lengths, grouped queries, head sizes up to 256; nothing to install.
 
-    It reads values transposed: ``quantize_value_triton`` stores them so, other values are copied.
+    In a compiled graph it is not called: the lowerings put its kernels, and those that quantise its
+    operands, into the code (:mod:`lp_inductor.lowerings.triton`). Called, it reads values that are
+    stored transposed as they are, and copies others.
     """
 
     name = "triton"
+    granularities = ("per_block", "per_head")
+    qk_dtypes = frozenset({torch.float8_e4m3fn, torch.int8})
+    measured_as = "triton"
     masks = frozenset(MaskPart)
     adds_mean = True
+    aten_overload = False
+    portable = True
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On CUDA devices with FP8 matrix units; on CPUs in Triton's interpreter."""
         if importlib.util.find_spec("triton") is None:
             return Miss(MissCode.KERNEL_UNAVAILABLE, "Triton is not installed")
-        from lp_inductor.kernels.triton.attention import interpreted
+        from lp_inductor.kernels.triton.sizes import interpreted
 
         if interpreted() and device.type in ("cpu", "cuda"):
             return OK

@@ -8,7 +8,6 @@ from torch import Tensor
 from lp_inductor.kernels.triton.operands import (
     Cut,
     Operands,
-    Quantized,
     quantize_fine,
     quantize_per_head,
 )
@@ -55,9 +54,7 @@ def quantize_triton(
     return _pair(done.query, done.q_descale)
 
 
-def quantize_value_triton(
-    x: Tensor, *, transpose: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_value_triton(x: Tensor, *, transpose: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Centre a value over tokens and quantise it, as ``reference.quantize_centered`` does.
 
     Args:
