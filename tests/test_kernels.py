@@ -214,7 +214,7 @@ def test_only_kernels_are_registered_and_built_ins_stay() -> None:
     with pytest.raises(ConfigError, match="no kernel 'nobody'"):
         lp_inductor.unregister_kernel("nobody")
     names = [kernel.name for kernel in lp_inductor.registered_kernels()]
-    assert names == ["activated", "fa3", "fa4", "reference"]
+    assert names == ["activated", "fa3", "fa4", "triton", "reference"]
 
 
 #: model, operands, why a kernel that takes causal masks only does not serve it
