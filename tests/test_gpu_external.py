@@ -23,6 +23,7 @@ from tests.helpers import compile_fp8, sqnr
 from tests.test_rewrites import MIN_DB, REWRITTEN, qkv
 
 DEVICE = torch.device("cuda")
+#: Short sequences too, where it need not pay.
 FA3 = Fp8Config(kernel="fa3", force=True)
 
 

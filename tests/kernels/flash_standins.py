@@ -6,6 +6,7 @@ and key, negative distances are no bound), in float32 and with nothing of ours i
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,10 +105,7 @@ def operator_in(namespace: str, schema: str = SCHEMA) -> Iterator[Operator]:
 
 
 class Packages:
-    """A folder on ``sys.path`` for packages; whatever they leave in ``sys.modules`` is taken back.
-
-    Modules get a number of their own: Python must find each anew.
-    """
+    """A folder on ``sys.path`` for packages; what they leave in ``sys.modules`` can be taken back."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -119,6 +117,8 @@ class Packages:
         path = self.folder.joinpath(*name.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+        # Finders look at a folder again when its time has changed, and clocks of files are coarse.
+        importlib.invalidate_caches()
 
     def distribution(self, name: str, version: str, contents: str = "") -> None:
         """What pip leaves of an installed package with one extension module."""
@@ -127,7 +127,11 @@ class Packages:
         folder.joinpath("METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         )
-        folder.joinpath("RECORD").write_text(f"{name}/_C.abi3.so,sha256={contents},1\n")
+        extension = self.folder / name / "_C.abi3.so"
+        extension.parent.mkdir(exist_ok=True)
+        extension.touch()  # a record counts for files that are there
+        folder.joinpath("RECORD").write_text(f"{name}/{extension.name},sha256={contents},0\n")
+        importlib.invalidate_caches()
 
     def forget(self) -> None:
         """Leave ``sys.modules`` as it was."""

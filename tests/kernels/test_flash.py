@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,30 +19,19 @@ from lp_inductor import (
     MissCode,
     Ok,
     backend,
-    ops,
-    reference,
 )
 from lp_inductor.kernels import choose_kernel
 from lp_inductor.kernels.fa3 import LIBRARIES, Fa3Kernel, Fa3Library
-from lp_inductor.kernels.fa4 import Fa4Kernel
 from lp_inductor.kernels.flash import window_of
 from lp_inductor.visibility import Visibility
 from tests import models, near_misses
 from tests.helpers import compile_fp8, sqnr
+from tests.kernels.flash_checks import CUDA, capability, expected, quantized, reason, run
 from tests.kernels.flash_standins import SCHEMA, Operator, Packages, hidden_keys, operator_in
 from tests.test_kernels import call
 from tests.test_rewrites import MIN_DB, qkv
 
-CUDA = torch.device("cuda")
 NAMESPACE = "standin_fa3"
-
-
-@pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
-    """A folder for packages."""
-    made = Packages(tmp_path, monkeypatch)
-    yield made
-    made.forget()
 
 
 @pytest.fixture
@@ -52,42 +39,6 @@ def operator() -> Iterator[Operator]:
     """FA3's operator under a name of its own."""
     with operator_in(NAMESPACE) as made:
         yield made
-
-
-def capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int = 0) -> None:
-    """Let there be a CUDA device of this compute capability."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
-
-
-def quantized(
-    query_len: int = 12, key_len: int = 12, heads: int = 4, kv_heads: int = 2, dim: int = 16
-) -> tuple[Tensor, ...]:
-    """Quantised operands, descales and the mean of the values, as the operators make them."""
-    q = torch.randn(2, heads, query_len, dim)
-    k, v = (torch.randn(2, kv_heads, key_len, dim) + 1 for _ in range(2))
-    q8, q_descale = ops.quantize(q, None, None, False, 0, 0, heads // kv_heads, False)
-    k8, k_descale = ops.quantize(k, None, None, False, 0, 0, 1, True)
-    v8, v_descale, mean = ops.quantize_centered(v)
-    return q8, k8, v8, q_descale, k_descale, v_descale, mean
-
-
-def run(kernel: Any, operands: tuple[Tensor, ...], visible: Visibility, **options: Any) -> Tensor:
-    """Call the kernel, as the operator does."""
-    *tensors, mean = operands
-    given = {"v_mean": mean, "scale": None, "out_dtype": torch.bfloat16, **options}
-    out: Tensor = kernel.run(*tensors, visible=visible, **given)
-    return out
-
-
-def expected(operands: tuple[Tensor, ...], visible: Visibility, **options: Any) -> Tensor:
-    """The reference's answer, in float32."""
-    *tensors, mean = operands
-    given = {"v_mean": mean, "scale": None, **options}
-    return reference.sdpa_quantized(
-        *tensors, given["v_mean"], None, visible.lower, visible.upper, None, given["scale"],
-        torch.float32,
-    )  # fmt: skip
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -222,12 +173,6 @@ def test_fa3_takes_any_strides(packages: Packages, operator: Operator, layout: s
 
 
 # --- FA3: where it is available -------------------------------------------------------------------
-
-
-def reason(verdict: Ok | Miss) -> str:
-    """What a miss says."""
-    assert isinstance(verdict, Miss) and verdict.code is MissCode.KERNEL_UNAVAILABLE
-    return verdict.detail
 
 
 def test_fa3_is_available(
@@ -377,6 +322,7 @@ class OnCpu(Fa3Kernel):
     """FA3 with its operator on a CPU."""
 
     name = "fa3-on-cpu"
+    measured_as = None
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On CPUs."""
@@ -398,7 +344,8 @@ def test_another_version_changes_the_key(
 ) -> None:
     before = backend.cache_key(Fp8Config())
     assert backend.cache_key(Fp8Config()) == before
-    next(packages.folder.glob("*.dist-info")).joinpath("METADATA").write_text(
+    (installed,) = packages.folder.glob("*.dist-info")
+    installed.joinpath("METADATA").write_text(
         "Metadata-Version: 2.1\nName: standin_fa3\nVersion: 1.1\n"
     )
     assert backend.cache_key(Fp8Config()) != before
@@ -429,86 +376,8 @@ def test_nothing_is_imported_with_the_package() -> None:
     import subprocess
 
     code = (
-        "import sys, lp_inductor; lp_inductor.backend.cache_key(lp_inductor.Fp8Config()); "
+        "import sys, lp_inductor; [k.identity() for k in lp_inductor.registered_kernels()]; "
         "print([n for n in sys.modules if n.startswith(('flash_attn', 'fa3', 'cudnn'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-# --- FA4 ------------------------------------------------------------------------------------------
-
-#: The start of the signature in flash-attn-4 4.0.0b36, computing on a CPU.
-FA4 = """
-from tests.kernels.flash_standins import Operator
-operator = Operator()
-def _flash_attn_fwd(q, k, v, qv=None, softmax_scale=None, causal=False, softcap=None,
-                    window_size_left=None, window_size_right=None, num_splits=1,
-                    q_descale=None, k_descale=None, v_descale=None):
-    assert window_size_left is None and window_size_right is None and softcap is None
-    out, lse = operator(q, k, v, q_descale, k_descale, v_descale, softmax_scale, causal)
-    return out, lse, None, None, None
-"""
-
-
-@pytest.fixture
-def fa4(packages: Packages) -> Iterator[Packages]:
-    """A stand-in for the package."""
-    before = {name: sys.modules[name] for name in sys.modules if name.startswith("flash_attn")}
-    for name in before:
-        del sys.modules[name]
-    packages.module("flash_attn.__init__")
-    packages.module("flash_attn.cute.__init__")
-    packages.module("flash_attn.cute.interface", FA4)
-    packages.distribution("flash-attn-4", "4.0.0b36")
-    yield packages
-    packages.forget()
-    sys.modules.update(before)
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("visible", [Visibility(), Visibility(upper=0)])
-def test_fa4_gets_what_it_needs(fa4: Packages, visible: Visibility, dim: int) -> None:
-    operands = quantized(dim=dim)
-    out = run(Fa4Kernel(), operands, visible, scale=0.2)
-    assert sqnr(expected(operands, visible, scale=0.2), out) > 45
-
-
-def test_fa4_is_available_on_its_cards(fa4: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = Fa4Kernel()
-    for major, minor in ((10, 0), (10, 3)):
-        capability(monkeypatch, major, minor)
-        assert isinstance(kernel.availability(CUDA), Ok)
-    for major, minor in ((9, 0), (12, 0)):
-        capability(monkeypatch, major, minor)
-        assert f"10.x, not ({major}, {minor})" in reason(kernel.availability(CUDA))
-    assert "10.x, not cpu" in reason(kernel.availability(torch.device("cpu")))
-
-
-def test_fa4_that_cannot_be_used(fa4: Packages, monkeypatch: pytest.MonkeyPatch) -> None:
-    capability(monkeypatch, 10)
-    fa4.module("flash_attn.cute.interface", "def _flash_attn_fwd(q, k, v, causal=False): ...")
-    detail = reason(Fa4Kernel().availability(CUDA))
-    assert "does not take ['k_descale', 'q_descale', 'softmax_scale', 'v_descale']" in detail
-    fa4.forget()
-    fa4.module("flash_attn.cute.interface", "raise RuntimeError('no CuTe DSL')")
-    assert "does not load: no CuTe DSL" in reason(Fa4Kernel().availability(CUDA))
-
-
-def test_fa4_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability(monkeypatch, 10)
-    if Fa4Kernel().identity() == "fa4@1+none":
-        assert reason(Fa4Kernel().availability(CUDA)) == "flash-attn-4 is not installed"
-    else:
-        assert isinstance(Fa4Kernel().availability(CUDA), (Ok, Miss))
-
-
-def test_what_fa4_is_kept_to(fa4: Packages) -> None:
-    assert Fa4Kernel().identity() == "fa4@1+4.0.0b36"
-    assert isinstance(Fa4Kernel().supports(call()), Ok)
-    for sizes in ((96, 96), (256, 256), (128, 64)):
-        verdict = Fa4Kernel().supports(call(head_dim=sizes[0], value_head_dim=sizes[1]))
-        assert isinstance(verdict, Miss) and verdict.code is MissCode.HEAD_DIM
-    assert Fa4Kernel.masks == {MaskPart.CAUSAL}
-    with pytest.raises(ValueError, match="not called with windows"):
-        run(Fa4Kernel(), quantized(), Visibility(lower=-3, upper=0))
