@@ -59,7 +59,7 @@ def transpose_value(value: Tensor) -> Tensor:
     ):
         return value.as_strided((batch, heads, dim, row), (heads * dim * row, dim * row, row, 1))
     out = value.new_zeros((batch, heads, dim, row), dtype=torch.uint8).view(value.dtype)
-    out[..., :tokens].copy_(value.transpose(2, 3))
+    out.narrow(3, 0, tokens).copy_(value.transpose(2, 3))
     return out
 
 
