@@ -14,8 +14,9 @@ compile, passes included, so that a dictionary of it may be used again.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,11 +85,11 @@ class PackageRecord:
     """The sites of one compile, which AOTInductor writes into the package as they become known."""
 
     def __init__(self, backend: Fp8Backend, listener: SiteSink | None) -> None:
+        """``listener`` is told of the sites; None: do what the configuration's ``on_miss`` says."""
+
         # Functions, unlike objects, stay the same when AOTInductor copies its configuration.
         def tell(sites: Sequence[Site]) -> None:
-            if listener is not None:
-                listener(sites)
-            backend.report(sites)
+            (listener or backend.report)(sites)
 
         self.sites: list[Site] = []
         self._device = torch.device("cpu")
@@ -170,17 +171,32 @@ def aoti_compile_and_package(
     patches = aoti_inductor_configs(config, inductor_configs, libraries=libraries)
     path = None if package_path is None else os.fspath(package_path)
     if isinstance(exported_program, ExportedProgram):
-        packaged: str = inductor.aoti_compile_and_package(
-            exported_program, package_path=path, inductor_configs=patches
-        )
+        with _own_errors():
+            packaged: str = inductor.aoti_compile_and_package(
+                exported_program, package_path=path, inductor_configs=patches
+            )
         return packaged
     if path is None:
         raise ConfigError("several programs in one package need a package_path")
     from torch._inductor.package.package import package_aoti
 
     patches["aot_inductor.package"] = True
-    files = {name: _compile(program, patches) for name, program in exported_program.items()}
+    with _own_errors():
+        files = {name: _compile(program, patches) for name, program in exported_program.items()}
     return str(package_aoti(path, files))
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise an error of ours as itself: Inductor wraps what its passes raise."""
+    from torch._inductor.exc import InductorError
+
+    try:
+        yield
+    except InductorError as error:
+        if isinstance(error.inner_exception, PackageError | _compat.NewGuardError):
+            raise error.inner_exception from error
+        raise
 
 
 def _compile(program: ExportedProgram, patches: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch.fx import GraphModule
 
@@ -78,6 +79,37 @@ def test_other_kernels_are_called_not_inlined(kernel: str) -> None:
     lower_graph(gm.graph)
     assert (OURS[1] in targets(gm)) is (kernel == "activated")
     assert ("lp_inductor.sdpa_quantized" in targets(gm)) is (kernel == "other")
+
+
+def test_a_cpp_wrapper_reaches_the_activated_kernel_through_python() -> None:
+    """From C++ the ATen overload is ATen's own function, which throws whatever is activated."""
+    gm = attention_graph()
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
+    )
+    node.meta[KERNEL_META] = "activated"
+    with inductor_config.patch(cpp_wrapper=True):
+        lower_graph(gm.graph)
+    assert OURS[1] not in targets(gm)
+    assert "lp_inductor.sdpa_quantized" in targets(gm)
+
+
+def test_a_portable_kernel_is_inlined() -> None:
+    class Portable(Counting):
+        name = "portable"
+        portable = True
+
+    gm = attention_graph()
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
+    )
+    node.meta[KERNEL_META] = "portable"
+    lp_inductor.register_kernel(Portable())
+    try:
+        lower_graph(gm.graph)
+    finally:
+        lp_inductor.unregister_kernel("portable")
+    assert not any(name in targets(gm) for name in OURS)
 
 
 def test_a_cpu_compile_is_all_cpp_with_real_fp8() -> None:

@@ -1,0 +1,1 @@
+"""Packages: AOTInductor with FP8 attention."""

@@ -1,0 +1,177 @@
+"""Compile what the tests run, in a process of its own: ``python -m tests.aoti.build WHAT FOLDER``.
+
+A package is loaded by another process than the one that compiled it, as its users do (and as a
+GPU needs: loading where it was compiled crashes in some versions of PyTorch).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import lp_inductor
+from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, Visibility
+from lp_inductor.reference import per_head
+from tests import models
+from tests.test_rewrites import qkv
+
+#: Batch sizes and lengths at which the dynamic model is run; it is exported with the first.
+SIZES = ((2, 16), (3, 40), (1, 7))
+TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
+
+
+class Layer(nn.Module):
+    """A layer with weights that want gradients, as those of a model that was trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 3 * 64, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Causal attention over ``x``; ``y`` and a dictionary are there for their structure."""
+        heads = self.proj(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        return {"out": out, "sum": out.sum(-1) + y}
+
+
+class LibraryKernel(Kernel):
+    """Attention from the shared library of ``library.cpp``."""
+
+    name = "library"
+    portable = True
+    libraries = (TEST_LIBRARY,)
+
+    def availability(self, device: torch.device) -> Ok | Miss:
+        """On a CPU."""
+        assert device.type == "cpu"
+        return Ok()
+
+    def supports(self, call: AttentionCall) -> Ok | Miss:
+        """Everything that ``masks`` admits."""
+        return Ok()
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_descale: Tensor,
+        k_descale: Tensor,
+        v_descale: Tensor,
+        *,
+        v_mean: Tensor | None,
+        visible: Visibility,
+        scale: float | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Dequantise and call the library."""
+        q = query.float() * per_head(q_descale, query.shape[1])
+        k = key.float() * per_head(k_descale, key.shape[1])
+        v = value.float() * per_head(v_descale, value.shape[1])
+        out: Tensor = torch.ops.lp_test.attention(q, k, v, visible.is_causal, scale)
+        return out.to(out_dtype)
+
+
+def save(path: Path, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """What the C++ program reads."""
+    both = {"inputs": inputs, "outputs": outputs}
+    # Clones have none of the marks that Dynamo leaves on tensors.
+    torch.save({key: [t.detach().clone() for t in ts] for key, ts in both.items()}, path)
+
+
+def llama_inputs(batch: int, tokens: int) -> list[Tensor]:
+    """Query, key and value for the dynamic model."""
+    torch.manual_seed(tokens)
+    heads = (4, 2, 2)
+    return [torch.randn(batch, n, tokens, 64, dtype=torch.bfloat16) for n in heads]
+
+
+def build_models(folder: Path) -> None:
+    """Two models in one package, with the results of torch.compile beside it."""
+    llama, layer = models.Attention(models.llama), Layer()
+    dims = {0: Dim("batch", min=1, max=8), 2: Dim("tokens", min=2, max=512)}
+    dynamic = torch.export.export(
+        llama, tuple(llama_inputs(*SIZES[0])), dynamic_shapes=((dims, dims, dims),), strict=True
+    )
+    x, y = torch.randn(2, 16, 64, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
+    static = torch.export.export(layer, (x,), {"y": y}, strict=False)
+    lp_inductor.aoti_compile_and_package(
+        {"dynamic": dynamic, "static": static}, package_path=folder / "models.pt2"
+    )
+    compiled = lp_inductor.compile_with_fp8_fusion(llama)
+    with torch.no_grad():
+        for n, sizes in enumerate(SIZES):
+            operands = llama_inputs(*sizes)
+            exact = llama(*(t.double() for t in operands))
+            save(folder / f"exact{n}.pt", operands, [exact])
+            if sizes[0] == 1:
+                continue  # torch.compile would make code of its own for it
+            for tensor in operands:
+                torch._dynamo.mark_dynamic(tensor, 0)
+                torch._dynamo.mark_dynamic(tensor, 2)
+            save(folder / f"dynamic{n}.pt", operands, [compiled(*operands)])
+        result = lp_inductor.compile_with_fp8_fusion(layer)(x, y=y)
+        save(folder / "static0.pt", [x, y], [result["out"], result["sum"]])
+
+
+def build_library(folder: Path) -> None:
+    """A package that needs a library, through PyTorch's own function and our configuration."""
+    torch.ops.load_library(folder / "lp_test.so")
+    lp_inductor.register_kernel(LibraryKernel())
+    program = torch.export.export(models.Attention(models.no_rope), tuple(qkv()))
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(folder / "library.pt2"),
+        inductor_configs=lp_inductor.aoti_inductor_configs(
+            {"kernel": "library"}, {"aot_inductor.metadata": {"ours": "too"}}, libraries=["lp_test"]
+        ),
+    )
+    exact = models.no_rope(*(t.double() for t in qkv()))
+    save(folder / "library.pt", qkv(), [exact])
+
+
+def build_language_model(folder: Path) -> None:
+    """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it."""
+    from lp_inductor.demo.model import load_language_model
+    from lp_inductor.demo.text import load_text
+
+    model = load_language_model()
+    prefill = Prefill(model.module)
+    ids = model.tokens(load_text())
+    lengths = ({1: Dim("tokens", min=2, max=8192)},)
+    with torch.no_grad():
+        program = torch.export.export(prefill, (ids[:, :64],), dynamic_shapes=lengths)
+        lp_inductor.aoti_compile_and_package(program, package_path=folder / "smollm2.pt2")
+        torch._dynamo.mark_dynamic(short := ids[:, :64].clone(), 1, min=2, max=8192)
+        compiled = lp_inductor.compile_with_fp8_fusion(prefill)
+        for n, tokens in enumerate((short, ids[:, 64:161])):
+            save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
+
+
+class Prefill(nn.Module):
+    """A language model from token ids (1, tokens) to logits (1, tokens, vocabulary)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Without a cache."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+BUILDS: dict[str, Callable[[Path], Any]] = {
+    "packages": lambda folder: (build_models(folder), build_library(folder)),
+    "language_model": build_language_model,
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    BUILDS[sys.argv[1]](Path(sys.argv[2]))
