@@ -56,9 +56,10 @@ def lower_graph(graph: Graph) -> None:
     """Lower every operator of ours, and every ATen call that we inserted, in ``graph``."""
     inliner = Inliner()
     place = {node: number for number, node in enumerate(graph.nodes)}
-    for node in place:
-        if node.target is _OWN_ATTENTION or node.target is _ATEN_ATTENTION:
-            lower_attention(node, place, inliner)
+    calls = [node for node in place if node.target in (_OWN_ATTENTION, _ATEN_ATTENTION)]
+    whole = {node: triton.match_whole_site(node) for node in calls if node.target is _OWN_ATTENTION}
+    for node in calls:
+        lower_attention(node, whole.get(node), place, inliner)
     # What is left are quantise operators that no Triton kernel has taken over.
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DECOMPOSITIONS:
@@ -68,8 +69,17 @@ def lower_graph(graph: Graph) -> None:
                 _inline(node, _DECOMPOSITIONS[node.target], node.args, inliner, node.kwargs)
 
 
-def lower_attention(node: Node, place: Mapping[Node, int], inliner: Inliner) -> None:
-    """Send one attention call to its kernel, and its quantisation to Triton where that serves."""
+def lower_attention(
+    node: Node, site: triton.SiteCalls | None, place: Mapping[Node, int], inliner: Inliner
+) -> None:
+    """Send one attention call to its kernel, and its quantisation to Triton where that serves.
+
+    Args:
+        node: the call.
+        site: the quantise calls that serve it alone.
+        place: of every node in the graph before anything was lowered.
+        inliner: of the graph.
+    """
     kernel = kernel_of(node)
     if kernel is None:
         return
@@ -83,7 +93,7 @@ def lower_attention(node: Node, place: Mapping[Node, int], inliner: Inliner) -> 
         _inline(call, reference.sdpa_quantized, call.args[:-1], inliner)
     elif kernel == "triton":
         if compiles:
-            _replace_outputs(call, triton.lower_triton_site(call, inliner))
+            _replace_outputs(call, triton.lower_triton_site(call, site, inliner))
     elif any(k.portable for k in registered_kernels() if k.name == kernel):
         _inline(call, run_kernel, call.args, inliner)
 

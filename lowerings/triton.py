@@ -145,18 +145,29 @@ def can_compile(device: torch.device) -> bool:
     return not interpreted()
 
 
-def lower_triton_site(node: Node, inliner: Inliner) -> list[Node | None]:
+def match_whole_site(attention: Node) -> SiteCalls | None:
+    """The quantise calls of an attention call that serve it alone; None where others share them.
+
+    To be asked before anything of the graph is lowered.
+    """
+    site = SiteCalls.of(attention)
+    if site is None or site.granularity is None:
+        return None
+    return site if _is_exclusive(site, attention, attention.args[6]) else None
+
+
+def lower_triton_site(node: Node, site: SiteCalls | None, inliner: Inliner) -> list[Node | None]:
     """What an attention call of the Triton kernel becomes; the node itself stays for the caller.
 
-    A site whose operands serve it alone is lowered with their quantisation, any other apart.
+    With ``site`` (see :func:`match_whole_site`) it is lowered with its quantisation, without it
+    apart.
     """
     query, key, value, *descales = node.args[:6]
     mean, mask, lower, upper, chunk, scale, out_dtype = node.args[6:13]
     emitter = Emitter(node.graph, node)
     bounds = (mask, lower, upper, chunk)
     common: dict[str, Any] = {"scale": scale, "out_dtype": out_dtype}
-    site = SiteCalls.of(node)
-    if site is not None and site.granularity is not None and _is_exclusive(site, node, mean):
+    if site is not None:
         constants = {**site.constants(), **common}
         return inliner.inline(emitter, _layer, (*site.tensors(), *bounds), constants)
     operands = (query, key, value, *descales, mean)
