@@ -308,7 +308,7 @@ def _specialize_heads(operands: dict[str, Any], exported: bool) -> Ok | Miss:
         for dim in (1, 3):
             size = operands[name].shape[dim]
             if exported and not isinstance(size, int):
-                return Miss(MissCode.DYNAMIC_DIM, f"{name} has {size} in dimension {dim}")
+                return Miss(MissCode.DYNAMIC_DIM, f"dimension {dim} of {name} is open")
             if isinstance(size, torch.SymInt) and not _specialize(size):
                 return Miss(MissCode.RANK, f"only data tell {size}, dimension {dim} of {name}")
     return OK
