@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart, Visibility
+from lp_inductor.kernels.installed import capability_of
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,7 +49,9 @@ class TritonKernel(Kernel):
             )
         if torch.version.hip is not None:
             return Miss(MissCode.KERNEL_UNAVAILABLE, "the Triton kernels are for NVIDIA GPUs")
-        capability = torch.cuda.get_device_capability(device)
+        capability = capability_of(device)
+        if capability is None:
+            return Miss(MissCode.KERNEL_UNAVAILABLE, f"there is no {device}")
         if capability < _CAPABILITY:
             return Miss(
                 MissCode.KERNEL_UNAVAILABLE,
