@@ -82,7 +82,7 @@ def quantize(
     if cos is not None and sin is not None:
         x = rotate(x, cos, sin, interleaved, rope_start, rope_width)
     if center:
-        x = x - x.mean(dim=2, keepdim=True)
+        x = x - mean_over_tokens(x)
     return _to_fp8(x, group_size)
 
 
@@ -98,9 +98,18 @@ def quantize_centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         what the quantised value is short of on average, so that rounding does not move the mean.
     """
     x = x.float()
-    quantized, descale = _to_fp8(x - x.mean(dim=2, keepdim=True), 1)
-    mean = (x - quantized.float() * per_head(descale, x.shape[1])).mean(dim=2, keepdim=True)
+    quantized, descale = _to_fp8(x - mean_over_tokens(x), 1)
+    mean = mean_over_tokens(x - quantized.float() * per_head(descale, x.shape[1]))
     return quantized, descale, mean
+
+
+def mean_over_tokens(x: Tensor) -> Tensor:
+    """The mean of (batch, heads, tokens, dim) over tokens, (batch, heads, 1, dim), float32.
+
+    Added up in float64: more than 4096 float32 numbers Inductor adds in another way on a CPU, and
+    it would put a guard on which side of that a symbolic number of tokens lies.
+    """
+    return x.mean(dim=2, keepdim=True, dtype=torch.float64).float()
 
 
 def _to_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
