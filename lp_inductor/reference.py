@@ -91,7 +91,7 @@ def quantize(
     if cos is not None and sin is not None:
         x = rotate(x, cos, sin, interleaved, rope_start, rope_width)
     if center:
-        x = x - x.mean(dim=2, keepdim=True)
+        x = x - mean_over_tokens(x)
     if hadamard:
         x = _hadamard(x)
     return _to_dtype(x, group_size, scales, dtype or FP8, static_descale)
@@ -119,10 +119,19 @@ def quantize_centered(
     x = x.float()
     if hadamard:
         x = _hadamard(x)
-    centered = x - x.mean(dim=2, keepdim=True)
+    centered = x - mean_over_tokens(x)
     quantized, descale = _to_dtype(centered, 1, scales, FP8, static_descale)
-    mean = (x - dequantize(quantized, descale)).mean(dim=2, keepdim=True)
+    mean = mean_over_tokens(x - dequantize(quantized, descale))
     return quantized, descale, mean
+
+
+def mean_over_tokens(x: Tensor) -> Tensor:
+    """The mean of (batch, heads, tokens, dim) over tokens, (batch, heads, 1, dim), float32.
+
+    Added up in float64: more than 4096 float32 numbers Inductor adds in another way on a CPU, and
+    it would put a guard on which side of that a symbolic number of tokens lies.
+    """
+    return x.mean(dim=2, keepdim=True, dtype=torch.float64).float()
 
 
 def hadamard(x: Tensor) -> Tensor:

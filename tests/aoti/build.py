@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 import lp_inductor
 from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, Visibility
@@ -92,18 +92,29 @@ def llama_inputs(batch: int, tokens: int) -> list[Tensor]:
     return [torch.randn(batch, n, tokens, 64, dtype=torch.bfloat16) for n in heads]
 
 
+def shape_env_of(program: ExportedProgram) -> Any:
+    """Where the sizes of a program are; None if no input is a tensor."""
+    for node in program.graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            return value.fake_mode.shape_env  # type: ignore[attr-defined]
+    return None
+
+
 def build_models(folder: Path) -> None:
     """Two models in one package, with the results of torch.compile beside it."""
     llama, layer = models.Attention(models.llama), Layer()
-    dims = {0: Dim("batch", min=1, max=8), 2: Dim("tokens", min=2, max=512)}
+    dims = {0: Dim("batch", min=1, max=8), 2: Dim("tokens", min=2, max=8192)}
     dynamic = torch.export.export(
         llama, tuple(llama_inputs(*SIZES[0])), dynamic_shapes=((dims, dims, dims),), strict=True
     )
+    guards = list(shape_env_of(dynamic).guards)
     x, y = torch.randn(2, 16, 64, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
     static = torch.export.export(layer, (x,), {"y": y}, strict=False)
     lp_inductor.aoti_compile_and_package(
         {"dynamic": dynamic, "static": static}, package_path=folder / "models.pt2"
     )
+    # A package has no guards: one that is added would fix a size, or its range, without a word.
+    assert list(shape_env_of(dynamic).guards) == guards
     compiled = lp_inductor.compile_with_fp8_fusion(llama)
     with torch.no_grad():
         for n, sizes in enumerate(SIZES):
@@ -137,21 +148,29 @@ def build_library(folder: Path) -> None:
 
 
 def build_language_model(folder: Path) -> None:
-    """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it."""
-    from lp_inductor.demo.model import load_language_model
+    """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it.
+
+    It is compiled as the demo does, whose tests may find it in Inductor's cache, or the reverse.
+    """
+    from lp_inductor.demo.model import load_language_model, logits_of
+    from lp_inductor.demo.run import WINDOW, compile_fp8
     from lp_inductor.demo.text import load_text
 
     model = load_language_model()
-    prefill = Prefill(model.module)
     ids = model.tokens(load_text())
-    lengths = ({1: Dim("tokens", min=2, max=8192)},)
     with torch.no_grad():
-        program = torch.export.export(prefill, (ids[:, :64],), dynamic_shapes=lengths)
-        lp_inductor.aoti_compile_and_package(program, package_path=folder / "smollm2.pt2")
-        torch._dynamo.mark_dynamic(short := ids[:, :64].clone(), 1, min=2, max=8192)
-        compiled = lp_inductor.compile_with_fp8_fusion(prefill)
-        for n, tokens in enumerate((short, ids[:, 64:161])):
+        lp_inductor.aoti_compile_and_package(
+            export_prefill(model.module, ids[:, :64]), package_path=folder / "smollm2.pt2"
+        )
+        compiled = logits_of(compile_fp8(model.module))
+        for n, tokens in enumerate((ids[:, :WINDOW], ids[:, WINDOW : WINDOW + 97])):
             save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
+
+
+def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:
+    """A language model without its cache, for every number of tokens."""
+    lengths = ({1: Dim("tokens", min=2, max=8192)},)
+    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths)
 
 
 class Prefill(nn.Module):

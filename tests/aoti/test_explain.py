@@ -17,7 +17,7 @@ from lp_inductor._compat import NewGuardError
 from lp_inductor.export import aoti_inductor_configs
 from lp_inductor.kernels.reference import ReferenceKernel
 from tests import models
-from tests.aoti.build import Layer, LibraryKernel
+from tests.aoti.build import Layer, LibraryKernel, shape_env_of
 from tests.test_rewrites import qkv
 
 Q = (2, 4, 16, 32)
@@ -45,18 +45,11 @@ def export(function: Callable[..., Any], *args: Tensor, dims: Any = None, **kw: 
 
 def explain_one(program: ExportedProgram, **config: Any) -> Any:
     """The only site of a program; no guard was added, and no open size was fixed."""
-    env = _shape_env(program)
+    env = shape_env_of(program)
     before = None if env is None else (len(env.guards), dict(env.replacements))
     (site,) = lp_inductor.explain(program, config=config).sites
     assert env is None or (len(env.guards), dict(env.replacements)) == before
     return site
-
-
-def _shape_env(program: ExportedProgram) -> Any:
-    for node in program.graph.nodes:
-        if isinstance(value := node.meta.get("val"), Tensor):
-            return value.fake_mode.shape_env  # type: ignore[attr-defined]
-    return None
 
 
 def attend(q: Tensor) -> Tensor:
@@ -185,7 +178,7 @@ def test_a_kernel_that_asks_too_much_refuses_the_site(kernels: Any) -> None:
     """Its question would fix the length to the example's without a word."""
     assert explain_one(export(attend, torch.randn(Q)), kernel="asking").fused
     program = export(attend, torch.randn(Q), dims=SELF)
-    if not hasattr(_shape_env(program), "error_on_new_guards"):
+    if not hasattr(shape_env_of(program), "error_on_new_guards"):
         # torch 2.11 notices when it is too late to go on.
         with pytest.raises(NewGuardError, match="open size"):
             lp_inductor.explain(program, config={"kernel": "asking"})

@@ -1,0 +1,246 @@
+"""Packages with FP8 attention beside stock ones: size, time to compile, latency, accuracy.
+
+Exports a Llama of SmolLM2-135M's shape with a sequence length that stays open, packages it with
+AOTInductor, stock and in FP8, and compiles it with torch.compile, stock and with "lp_fp8". Each
+of the two runs in a process and with a cache of its own. Packages are run by the C++ program of
+``examples/aoti_cpp``, the compiled models in Python, both timed one run after another, each waited
+for:
+
+    python -m benchmarks.aoti --device cuda --tokens 1024 8192 --json benchmarks/results/aoti.json
+
+Prints a table and, with ``--json PATH``, writes the raw numbers with versions and machine. The
+accuracy is that of the logits of the last tokens against the same model in float32, eagerly. Needs
+transformers (the ``demo`` extra), g++, and no CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = ("stock", "fp8")
+LAST = 64  # tokens whose logits are returned: those of all would be most of the work
+VOCABULARY = 49152
+
+
+def build_model(layers: int, device: str) -> Any:
+    """A Llama of SmolLM2-135M's shape with random weights, bfloat16, from tokens to logits."""
+    import torch
+    import transformers
+
+    class Prefill(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out = self.model(input_ids=ids, use_cache=False, logits_to_keep=LAST)
+            logits: torch.Tensor = out.logits
+            return logits
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
+    return Prefill(model)
+
+
+def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Package and compile in this process; references for the C++ program go to ``folder``."""
+    import copy
+
+    import torch
+
+    import lp_inductor
+
+    tokens, device = options.tokens, options.device
+    config = {"kernel": options.kernel, "force": True}
+    model = build_model(options.layers, device)
+    inputs = [torch.randint(0, VOCABULARY, (1, n), device=device) for n in tokens]
+    lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=8192)},)
+    package = folder / "model.pt2"
+    with torch.no_grad():
+        program = torch.export.export(model, (inputs[0],), dynamic_shapes=lengths)
+        begin = time.perf_counter()
+        if variant == "stock":
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        else:
+            lp_inductor.aoti_compile_and_package(program, package_path=package, config=config)
+        package_seconds = time.perf_counter() - begin
+        exact = copy.deepcopy(model).float()
+        compiled = torch.compile(model)
+        if variant == "fp8":
+            compiled = lp_inductor.compile_with_fp8_fusion(model, config)
+        rows = {}
+        for number, ids in enumerate(inputs):
+            if number == 0:
+                torch._dynamo.mark_dynamic(ids, 1, min=LAST + 1, max=8192)
+            reference = exact(ids)
+            begin = time.perf_counter()
+            result = compiled(ids)
+            seconds = time.perf_counter() - begin
+            rows[str(tokens[number])] = {
+                "jit_first_call_s": seconds,
+                "jit_ms": latency_ms(lambda ids=ids: compiled(ids), device, options.repeat),
+                "jit_sqnr_db": sqnr(reference, result),
+            }
+            plain = ids.detach().clone().cpu()
+            torch.save({"inputs": [plain], "outputs": [reference.cpu()]}, folder / f"{number}.pt")
+    fused = 0
+    if variant == "fp8":
+        fused = lp_inductor.read_package(package)["model"].report.fused
+    return {
+        "package_s": package_seconds,
+        "package_bytes": package.stat().st_size,
+        "fused": fused,
+        "rows": rows,
+        "versions": versions(device),
+    }
+
+
+def sqnr(reference: Any, result: Any) -> float:
+    """Signal to quantisation noise in dB."""
+    signal = reference.double()
+    noise = (signal - result.double()).norm().item()
+    return math.inf if noise == 0 else 20 * math.log10(signal.norm().item() / noise)
+
+
+def latency_ms(run: Callable[[], Any], device: str, repeat: int) -> float:
+    """The median time of a run in milliseconds, measured as the C++ program does."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    times = []
+    for number in range(-max(3, repeat // 10), repeat):
+        begin = time.perf_counter()
+        run()
+        wait()
+        if number >= 0:
+            times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def versions(device: str) -> dict[str, str]:
+    """What the numbers depend on."""
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": name,
+        "cpus": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def run_variant(variant: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Measure one variant in a fresh process with an empty cache, then run its package in C++."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "benchmarks.aoti", *arguments]
+    done = subprocess.run(
+        [*command, "--child", variant, "--folder", str(folder)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_packages(program: Path, folder: Path, rows: dict[str, Any], repeat: int) -> None:
+    """Add what the C++ program says about each length."""
+    for number, row in enumerate(rows.values()):
+        done = subprocess.run(
+            [program, folder / "model.pt2", folder / f"{number}.pt", "--repeat", str(repeat)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+        row["package_ms"] = float(printed["latency"].removesuffix(" ms"))
+        row["package_sqnr_db"] = float(printed["sqnr"].removesuffix(" dB"))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--kernel", default="auto", help="the FP8 kernel (default: auto)")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write the raw numbers here")
+    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured, for reading."""
+    lines = ["variant  package s  package MiB  JIT first s  fused"]
+    for variant, found in results.items():
+        first = next(iter(found["rows"].values()))["jit_first_call_s"]
+        lines.append(
+            f"{variant:7s}  {found['package_s']:9.1f}  {found['package_bytes'] / 2**20:11.2f}  "
+            f"{first:11.1f}  {found['fused']:5d}"
+        )
+    lines += ["", "variant  tokens  JIT ms     package ms  package/JIT  JIT dB  package dB"]
+    for variant, found in results.items():
+        for tokens, row in found["rows"].items():
+            lines.append(
+                f"{variant:7s}  {tokens:6s}  {row['jit_ms']:9.3f}  {row['package_ms']:10.3f}  "
+                f"{row['package_ms'] / row['jit_ms']:11.3f}  {row['jit_sqnr_db']:6.2f}  "
+                f"{row['package_sqnr_db']:10.2f}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure both variants and print."""
+    options = parse()
+    if options.child is not None:
+        print(json.dumps(measure(options.child, options.folder, options)))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        program = folder / "run_package"
+        subprocess.run([ROOT / "examples/aoti_cpp/build.sh", program, sys.executable], check=True)
+        for variant in VARIANTS:
+            found = run_variant(variant, folder / variant, sys.argv[1:])
+            run_packages(program, folder / variant, found["rows"], options.repeat)
+            results[variant] = found
+    print(table(results))
+    if options.json:
+        chosen = {k: v for k, v in vars(options).items() if k not in ("json", "child", "folder")}
+        options.json.write_text(json.dumps({"options": chosen, **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
