@@ -44,7 +44,7 @@ def hopper() -> Iterator[None]:
 
     driver.set_active(Target())
     yield
-    driver.reset_active()
+    driver._active = None  # there is nothing to reset it to
 
 
 def symbols() -> tuple[FakeTensorMode, list[torch.SymInt]]:
@@ -71,20 +71,17 @@ def traced(layout: str, **options: Any) -> tuple[GraphModule, ShapeEnv]:
     def layer(q: Any, k: Any, v: Any, q_table: Any, k_table: Any, mask: Any) -> Any:
         q_rope, k_rope = (Rope(t, t, False, 0, dim) for t in (q_table, k_table))
         visible = Visibility(upper=k.shape[2] - q.shape[2], tensor=mask if with_mask else None)
-        return attention_layer(
-            q, k, v, q_rope=q_rope, k_rope=k_rope, visible=visible, **options
-        )
+        return attention_layer(q, k, v, q_rope=q_rope, k_rope=k_rope, visible=visible, **options)
 
     with mode, enable_python_dispatcher():
+
         def operand(heads: int, tokens: Any) -> torch.Tensor:
             if layout == "bhsd":
                 return torch.empty(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
             x = torch.empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
             return x.transpose(1, 2)
 
-        tables = [
-            torch.empty(1, n, dim // 2, device="cuda") for n in (query_len, key_len)
-        ]
+        tables = [torch.empty(1, n, dim // 2, device="cuda") for n in (query_len, key_len)]
         mask = torch.empty(batch, 1, query_len, key_len, dtype=torch.bool, device="cuda")
         args = (operand(8, query_len), operand(2, key_len), operand(2, key_len), *tables, mask)
         graph = make_fx(dispatch_functionalize(layer))(*args)

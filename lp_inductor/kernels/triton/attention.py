@@ -82,8 +82,8 @@ def attention_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over quantised operands.
 
-    The shape of a scale says what one covers: (batch, kv_heads) a head, (batch, kv_heads, blocks)
-    128 tokens of it, and with four dimensions it broadcasts over the operand.
+    The shape of a scale says what one covers: (batch, kv_heads) a head, (batch, kv_heads, blocks or
+    more) 128 tokens of it, and with four dimensions it broadcasts over the operand.
 
     Args:
         query: (batch, heads, query_tokens, head_dim), float8_e4m3fn or int8; stride 1 along

@@ -38,7 +38,9 @@ def from_key_order(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointers, tokens_valid, dims_valid, MASK_TOKENS: tl.constexpr, MASK_DIMS: tl.constexpr):
+def load_tile(
+    pointers, tokens_valid, dims_valid, MASK_TOKENS: tl.constexpr, MASK_DIMS: tl.constexpr
+):
     """Load a tile; zeros where a token or a dim is masked and not valid."""
     if MASK_TOKENS and MASK_DIMS:
         return tl.load(pointers, mask=tokens_valid & dims_valid, other=0.0)

@@ -2,7 +2,8 @@
 
 A tile is held as two halves, (tokens, DP / 2) each, so that the two lanes of every rotated pair sit
 in the same registers of the same thread: each number is loaded once, and a rotation is arithmetic
-alone. Which lanes are the halves, :func:`lanes_of` says; DP is the head size, padded to a power of
+alone. Pointers point to the first token of the tile; from there 32 bits reach every number, which
+saves the registers that decide how many programs share a multiprocessor. Which lanes are the halves, :func:`lanes_of` says; DP is the head size, padded to a power of
 two.
 """
 
@@ -45,11 +46,11 @@ def _table_half(
 
 @triton.jit
 def _table(
-    ptr, tokens_mine, exists, stride_s, stride_d, other: tl.constexpr, DP: tl.constexpr,
+    ptr, exists, stride_s, stride_d, other: tl.constexpr, DP: tl.constexpr,
     TILE: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     TABLE: tl.constexpr,
 ):  # fmt: skip
-    rows = ptr + tokens_mine.to(tl.int64)[:, None] * stride_s
+    rows = ptr + tl.arange(0, TILE)[:, None] * stride_s
     low_lanes, high_lanes = lanes_of(DP, ROPE)
     if ROPE == 1:
         low = tl.load(rows + low_lanes[None, :] * stride_d, mask=exists, other=other)
@@ -74,7 +75,7 @@ def _table(
 
 @triton.jit
 def load_tables(
-    cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+    cos_ptr, sin_ptr, exists, stride_cs, stride_cd, stride_ss, stride_sd,
     DP: tl.constexpr, TILE: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr,
     WIDTH: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +85,10 @@ def load_tables(
     share one entry, which is then loaded once.
     """
     low_cos, high_cos = _table(
-        cos_ptr, tokens_mine, exists, stride_cs, stride_cd, 1.0, DP, TILE, ROPE, START, WIDTH, TABLE
+        cos_ptr, exists, stride_cs, stride_cd, 1.0, DP, TILE, ROPE, START, WIDTH, TABLE
     )
     low_sin, high_sin = _table(
-        sin_ptr, tokens_mine, exists, stride_ss, stride_sd, 0.0, DP, TILE, ROPE, START, WIDTH, TABLE
+        sin_ptr, exists, stride_ss, stride_sd, 0.0, DP, TILE, ROPE, START, WIDTH, TABLE
     )
     return low_cos, low_sin, high_cos, high_sin
 
@@ -111,12 +112,12 @@ def _partners(
 
 @triton.jit
 def load_halves(
-    x_ptr, low_cos, low_sin, high_cos, high_sin, tokens_mine, exists, stride_s, stride_d,
+    x_ptr, low_cos, low_sin, high_cos, high_sin, exists, stride_s, stride_d,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile in float32, rotated; zeros where there is no token or lane."""
-    rows = x_ptr + tokens_mine.to(tl.int64)[:, None] * stride_s
+    rows = x_ptr + tl.arange(0, TILE)[:, None] * stride_s
     low_lanes, high_lanes = lanes_of(DP, ROPE)
     if ROPE == 2:
         dims = tl.arange(0, DP)[None, :]

@@ -87,7 +87,9 @@ def attention_layer(
     if per_head:
         raw_query = False
     elif raw_query is None:
-        raw_query = takes_raw_query(head_dim, dim_v, out_dtype) and head_dim <= 128
+        # A tile that sees few keys is over before its start pays.
+        long = visible.upper is None and visible.chunk is None and visible.lower is None
+        raw_query = long and head_dim <= 128 and takes_raw_query(head_dim, dim_v, out_dtype)
     operands = Operands(
         None if raw_query else query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v
     )

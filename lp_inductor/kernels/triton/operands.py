@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from lp_inductor.kernels.triton.rope import Rope, rope_arguments
 from lp_inductor.kernels.triton.sizes import (
     FP8,
     KEY_BLOCK,
-    ROW_BYTES,
     cdiv,
     heads_first,
     interpreted,
@@ -94,6 +93,7 @@ class Quantized:
             (batch, tokens, heads, head_dim).
         value: (batch, kv_heads, tokens, value_head_dim), stored likewise; or transposed, (batch,
             kv_heads, value_head_dim, tokens padded with zeros to a multiple of 16), contiguous.
+        q_descale, k_descale, v_descale: those of blocks have one entry more than there are blocks.
         v_mean: what was subtracted from the value, (batch, kv_heads, 1, value_head_dim), float32.
     """
 
@@ -106,6 +106,26 @@ class Quantized:
     v_mean: Tensor | None = None
 
 
+def _parts(operands: Operands) -> list[Operands]:
+    """What goes into one launch each.
+
+    Where there are many heads that share the rotation's tables, key and query keep those in
+    registers while the next heads are on their way; the value would have to wait for room beside
+    them. Few heads are better spread over many programs.
+    """
+    if operands.value is None or not _keeps_tables(operands):
+        return [operands]
+    return [
+        replace(operands, value=None),
+        Operands(value=operands.value, hadamard_v=operands.hadamard_v),
+    ]
+
+
+def _keeps_tables(operands: Operands) -> bool:
+    key, rope = operands.key, operands.k_rope
+    return key is not None and rope is not None and not rope.per_head and key.shape[1] % 16 == 0
+
+
 def choose_cut(operands: Operands) -> Cut:
     """As measured best on an H200."""
     q_heads, k_heads, v_heads = (
@@ -113,9 +133,12 @@ def choose_cut(operands: Operands) -> Cut:
     )
     if interpreted():
         return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), KEY_BLOCK, 4)
+    if operands.value is None and _keeps_tables(operands):
+        return Cut(_divisor(q_heads, 8), _divisor(k_heads, 8), 1, KEY_BLOCK, 16, True, 3)
+    if operands.key is None and operands.query is None:
+        return Cut(1, 1, 1, KEY_BLOCK, 8)
     q_together = 4 if operands.q_rope is not None else 1
-    k_together = 4 if operands.k_rope is not None else 1
-    return Cut(_divisor(q_heads, q_together), _divisor(k_heads, k_together), 1, KEY_BLOCK, 16)
+    return Cut(_divisor(q_heads, q_together), 1, 1, KEY_BLOCK, 16)
 
 
 def _divisor(heads: int, most: int) -> int:
@@ -192,12 +215,14 @@ def quantize_fine(
         out.q_descale = _empty(operands.query, lambda t: (*t.shape[:3], 1))
         out.k_descale = _empty(
             operands.key,
-            lambda t: (*t.shape[:3], 1) if int8 else (*t.shape[:2], cdiv(t.shape[2], KEY_BLOCK)),
+            lambda t: (*t.shape[:3], 1) if int8 else (*t.shape[:2], _entries(t)),
         )
         out.v_descale = _empty(
-            operands.value, lambda t: (*t.shape[:2], cdiv(t.shape[2], KEY_BLOCK))
+            operands.value, lambda t: (*t.shape[:2], _entries(t))
         )
-    _launch(operands, out, modes, k_mean, v_mean, cut=cut, given=static_descales or (1.0, 1.0, 1.0))
+    scales = static_descales or (1.0, 1.0, 1.0)
+    for part in [operands] if cut is not None else _parts(operands):
+        _launch(part, out, modes, k_mean, v_mean, cut=cut, given=scales)
     return _as_operands(operands, out, True)
 
 
@@ -231,40 +256,71 @@ def quantize_per_head(
     out.k_descale = _empty(operands.key, lambda t: t.shape[:2])
     out.v_descale = _empty(operands.value, lambda t: t.shape[:2])
     given = (operands.query, operands.key, operands.value)
-    partials = [_empty(t, lambda t: (*t.shape[:2], cdiv(t.shape[2], KEY_BLOCK))) for t in given]
+    partials = [_empty(t, lambda t: (*t.shape[:2], _entries(t))) for t in given]
     lost = None
     if v_mean is not None:
         lost = _empty(
             operands.value,
-            lambda t: (*t.shape[:2], cdiv(t.shape[2], KEY_BLOCK), padded_lanes(t.shape[3])),
+            lambda t: (*t.shape[:2], _entries(t), padded_lanes(t.shape[3])),
         )
-    for mode in (AMAX, HEAD):
-        _launch(
-            operands, out, (mode,) * 3, k_mean, v_mean, cut=cut, partials=partials, lost=lost,
-            group=group_size, transpose=transpose_value, backwards=mode == HEAD,
-        )  # fmt: skip
-        if lost is not None and v_mean is not None:
-            assert operands.value is not None and out.v_descale is not None
-            _finish_means(operands.value, lost, v_mean, out.v_descale, partials[2], mode == HEAD)
+    more = {"partials": partials, "group": group_size, "transpose": transpose_value}
+    _launch(operands, out, (AMAX,) * 3, k_mean, v_mean, cut=cut, lost=lost, **more)
+    _finish_statistics(operands, out, partials, lost, group_size)
+    _launch(operands, out, (HEAD,) * 3, k_mean, v_mean, cut=cut, backwards=True, **more)
+    if v_mean is not None:
+        assert operands.value is not None and out.value is not None and out.v_descale is not None
+        _finish_means(operands.value, out.value, out.v_descale, v_mean, transpose_value)
     return _as_operands(operands, out, transpose_value)
 
 
-def _finish_means(
-    value: Tensor,
-    lost: Tensor,
-    mean: Tensor,
-    descale: Tensor,
-    partial: Tensor | None,
-    rounded: bool,
+def _finish_statistics(
+    operands: Operands,
+    out: Quantized,
+    partials: Sequence[Tensor | None],
+    lost: Tensor | None,
+    group: int,
 ) -> None:
+    """Scales from the largest numbers of blocks, and the mean of the value."""
+    from lp_inductor.kernels.triton import launch
+
+    x = operands.any
+    present = [t is not None for t in (operands.query, operands.key, operands.value)]
+    batch, kv_heads, tokens, _ = x.shape
+    dim = x.shape[3] if operands.value is None else operands.value.shape[3]
+    query = operands.query
+    q_rows = 0 if query is None else batch * (query.shape[1] // group)
+    q_blocks = 0 if query is None else cdiv(query.shape[2], KEY_BLOCK)
+    pointers = (*partials, out.q_descale, out.k_descale, out.v_descale, lost, out.v_mean)
+    launch.finish_statistics(
+        (q_rows + batch * kv_heads * (present[1] + present[2]),),
+        *(x if t is None else t for t in pointers),
+        q_rows, batch * kv_heads, q_blocks, cdiv(tokens, KEY_BLOCK), tokens,
+        DV=dim, DVP=padded_lanes(dim), GROUP=group, CHUNK=max(8, 4096 // padded_lanes(dim)),
+        HAS_Q=present[0], HAS_K=present[1], HAS_V=present[2], LOST=lost is not None, num_warps=8,
+    )  # fmt: skip
+
+
+def _finish_means(
+    value: Tensor, rounded: Tensor, descale: Tensor, mean: Tensor, transposed: bool
+) -> None:
+    """Make up in the mean for what rounding moved."""
     from lp_inductor.kernels.triton import launch
 
     batch, heads, tokens, dim = value.shape
-    lanes = padded_lanes(dim)
+    over_batch, first, second, _ = rounded.stride()
+    # (batch, heads, dim, tokens) or (batch, tokens, heads, dim)
+    strides = (first, 1, second) if transposed else (second, first, 1)
+    lanes = 16
     launch.finish_means(
-        (batch * heads,), lost, mean, descale, partial, tokens, lost.shape[2],
-        D=dim, DP=lanes, CHUNK=max(8, 4096 // lanes), ROUNDED=rounded, num_warps=8,
+        ((dim + lanes - 1) // lanes, heads, batch),
+        rounded, descale, mean, over_batch, *strides, heads, tokens,
+        D=dim, LANES=lanes, TILE=512, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
+
+
+def _entries(x: Tensor) -> Any:
+    """Numbers kept for the blocks of a head: one more, so that no guard asks whether it is one."""
+    return cdiv(x.shape[2], KEY_BLOCK) + 1
 
 
 def _empty(x: Tensor | None, shape: Any) -> Tensor | None:
@@ -278,7 +334,9 @@ def _storage(
     query, key = (
         None
         if t is None
-        else t.new_empty((t.shape[0], t.shape[2], t.shape[1], padded_row(t.shape[3])), dtype=qk_dtype)
+        else t.new_empty(
+            (t.shape[0], t.shape[2], t.shape[1], padded_row(t.shape[3])), dtype=qk_dtype
+        )
         for t in (operands.query, operands.key)
     )
     value = operands.value
