@@ -29,9 +29,9 @@ def rotated(x: Tensor, r: Rotation, cos: Tensor, sin: Tensor) -> Tensor:
     return reference.rotate(x.float(), cos, sin, r.interleaved, r.start, r.width)
 
 
-def sampled_mean(x: Tensor) -> Tensor:
-    """The mean over at most 128 tokens, evenly spread."""
-    return x[:, :, :: -(-x.shape[2] // 128)].mean(2, keepdim=True)
+def sampled_mean(x: Tensor, samples: int = 128) -> Tensor:
+    """The mean over at most so many tokens, evenly spread."""
+    return x[:, :, :: -(-x.shape[2] // samples)].mean(2, keepdim=True)
 
 
 def by_token(descale: Tensor, tokens: int) -> Tensor:
@@ -126,7 +126,7 @@ def check_value_blocks(shape: tuple[int, ...], device: torch.device, center: boo
     restored = got[..., :tokens].float().mT * by_token(descale, tokens)
     assert (mean is not None) == center
     if mean is not None:
-        torch.testing.assert_close(mean, sampled_mean(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mean, sampled_mean(x, 1024), rtol=1e-5, atol=1e-5)
         restored = restored + mean
     assert sqnr(restored, x) > MIN_DB[torch.float8_e4m3fn]
 
@@ -137,6 +137,9 @@ def hadamard(dim: int, device: torch.device) -> Tensor:
     while matrix.shape[0] < dim:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)
     return matrix * dim**-0.5
+
+
+HALF = Rotation("half", half_tables=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Layer:
     kv_heads: int = 1
     dim: int = 64
     dim_v: int | None = None
-    rotation: Rotation | None = Rotation("half", half_tables=True)
+    rotation: Rotation | None = HALF
     upper: int | None = 0
     mask: Callable[[AttentionCase, torch.device], Tensor] | None = None
     heads_inside: bool = True

@@ -144,7 +144,7 @@ def load_halves(
 
 
 @triton.jit
-def _sylvester(SIZE: tl.constexpr):
+def sylvester(SIZE: tl.constexpr):
     """The Hadamard matrix (SIZE, SIZE) of entries 1 and -1, as Sylvester built it."""
     lanes = tl.arange(0, SIZE)
     parity = lanes[:, None] & lanes[None, :]
@@ -169,12 +169,12 @@ def spread(low, high, DP: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.conste
     order of lanes that the halves come in, since only the bits of two lane numbers are compared.
     """
     if DP >= 32:
-        matrix = _sylvester(DP // 2)
+        matrix = sylvester(DP // 2)
         total = _dot(low + high, matrix, INTERPRET)
         difference = _dot(low - high, matrix, INTERPRET)
     else:  # matrix units sum at least 16 numbers
         both = tl.reshape(tl.join(low, high), (TILE, DP))
-        both = _dot(both, _sylvester(DP), INTERPRET)
+        both = _dot(both, sylvester(DP), INTERPRET)
         total, difference = tl.split(tl.reshape(both, (TILE, DP // 2, 2)))
     factor: tl.constexpr = DP**-0.5
     return total * factor, difference * factor

@@ -27,6 +27,7 @@ from lp_inductor.kernels.triton.head_tiles import (
     round_to,
     rows_amax,
     spread,
+    sylvester,
     whole_rows,
 )
 
@@ -305,43 +306,78 @@ def _sample(
     tl.store(mean_ptr + high_lanes, tl.sum(high, 0) / samples, mask=high_lanes < D)
 
 
-@triton.jit(do_not_specialize=["kv_heads", "tokens"])
+@triton.jit
+def _sample_lanes(
+    x_ptr, tokens, samples, first_lane, stride_xs, stride_xd,
+    D: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The mean of LANES lanes over ``samples`` tokens of one head, or over all if those are fewer."""
+    step = tl.maximum(tl.cdiv(tokens, samples), 1)
+    count = tl.cdiv(tokens, step)
+    lanes = first_lane + tl.arange(0, LANES)
+    total = tl.zeros((TILE, LANES), tl.float32)
+    for first in range(0, count, TILE):
+        index = first + tl.arange(0, TILE)
+        rows = x_ptr + (index.to(tl.int64) * step)[:, None] * stride_xs
+        mask = (index < count)[:, None] & (lanes < D)[None, :]
+        total += tl.load(rows + lanes[None, :] * stride_xd, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(total, 0) / count, lanes
+
+
+@triton.jit(do_not_specialize=["kv_heads", "tokens", "v_samples"])
 def sample_means(
     k_ptr, v_ptr, cos_ptr, sin_ptr, k_mean_ptr, v_mean_ptr,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     stride_cb, stride_ch, stride_cs, stride_cd, stride_nb, stride_nh, stride_ns, stride_nd,
-    kv_heads, tokens,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr,
+    kv_heads, tokens, v_samples,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
+    LANES: tl.constexpr, V_TILE: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
-    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INTERPRET: tl.constexpr,
+    HADAMARD_QK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Means over at most TILE tokens, evenly spread, of what is rounded; both (batch, heads, dim).
+    """Means over evenly spread tokens of the rotated key and of the value; (batch, heads, dim).
 
-    Grid (kv_heads, of the key, the value or both, batch).
+    Of the key TILE tokens, of the value ``v_samples``. Grid (kv_heads of the key, and of the value
+    as often as there are LANES in its dim, of those that are centred; batch).
     """
     kv_heads = tl.cast(kv_heads, tl.int32)
     tokens = tl.cast(tokens, tl.int32)
+    v_samples = tl.cast(v_samples, tl.int32)
     batch = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    row = batch * kv_heads + head
+    program = tl.program_id(0)
     if CENTER_K:
-        if tl.program_id(0) < kv_heads:
+        if program < kv_heads:
+            head = program.to(tl.int64)
             _sample(
                 k_ptr + batch * stride_kb + head * stride_kh,
                 cos_ptr + batch * stride_cb + head * stride_ch,
-                sin_ptr + batch * stride_nb + head * stride_nh, k_mean_ptr, row, tokens,
+                sin_ptr + batch * stride_nb + head * stride_nh,
+                k_mean_ptr, batch * kv_heads + head, tokens,
                 stride_ks, stride_kd, stride_cs, stride_cd, stride_ns, stride_nd,
                 D, DP, TILE, ROPE, START, WIDTH, TABLE, HADAMARD_QK, INTERPRET,
             )  # fmt: skip
+        program -= kv_heads
     if CENTER_V:
-        if (not CENTER_K) or tl.program_id(0) >= kv_heads:
-            _sample(
-                v_ptr + batch * stride_vb + head * stride_vh, v_ptr, v_ptr, v_mean_ptr, row, tokens,
-                stride_vs, stride_vd, 0, 0, 0, 0,
-                DV, DVP, TILE, 0, 0, 2, 2, HADAMARD_V, INTERPRET,
+        if program >= 0:
+            head = (program % kv_heads).to(tl.int64)
+            mean, lanes = _sample_lanes(
+                v_ptr + batch * stride_vb + head * stride_vh, tokens, v_samples,
+                program // kv_heads * LANES, stride_vs, stride_vd, DV, LANES, V_TILE,
             )  # fmt: skip
+            pointers = v_mean_ptr + (batch * kv_heads + head) * DV + lanes
+            tl.store(pointers, mean, mask=lanes < DV)
+
+
+@triton.jit
+def transform_means(mean_ptr, D: tl.constexpr):
+    """Multiply means (heads, D) by a Hadamard matrix over D ** 0.5, in place; grid (heads,)."""
+    means = mean_ptr + tl.program_id(0).to(tl.int64) * D
+    lanes = tl.arange(0, D)
+    mean = tl.load(means + lanes)
+    tl.debug_barrier()
+    tl.store(means + lanes, tl.sum(mean[:, None] * sylvester(D), 0) * D**-0.5)
 
 
 @triton.jit
