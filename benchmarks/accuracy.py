@@ -2,10 +2,10 @@
 
     python -m benchmarks.accuracy
 
-SQNR in dB for the Triton kernels: scales a head, or a row and 128 tokens; with query and key, or the
-value too, multiplied by a Hadamard matrix; with scores in INT8. And for FA3 in FP8 where installed:
-with operands as they are, as its callers quantise them, and with centred keys and values, whose mean
-is added behind it.
+SQNR in dB for the Triton kernels: scales a head, or a row and 128 tokens; with query and key, or
+the value too, multiplied by a Hadamard matrix; with scores in INT8. And for FA3 in FP8 where
+installed: with operands as they are, as its callers quantise them, and with centred keys and
+values, whose mean is added behind it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.layer_speed --dims 128 --lengths 4096 16384
 
 The rival is the rotation under torch.compile and the fastest of FlashAttention-2, cuDNN and, where
-installed, FA3. Milliseconds, batch 1, 32 heads; inside a CUDA graph but for the longest. "triton" is
+installed, FA3. Milliseconds, batch 1, 32 heads; in a CUDA graph but for the longest. "triton" is
 our whole layer with scales a row and 128 tokens, "per head" with one a head, "int8" with scores in
 INT8. "fa3 fp8" is our quantisation, one scale a head, in front of FA3. The file is written as the
 sweep goes; with ``--seconds`` it ends after that long.
@@ -48,7 +48,7 @@ def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 def fa3_fp8(operands: Tensors, rope: Rope, causal: bool) -> Any:
-    """Our quantisation with one scale a head, and FA3; the mean is added behind it, as it has to."""
+    """Our quantisation with one scale a head, and FA3; the mean is added behind it."""
     from fa3_fwd_interface import flash_attn_func
 
     query, key, value = operands

@@ -164,13 +164,18 @@ def test_inside_a_triton_op(dynamic: bool, options: dict[str, Any]) -> None:
     """Traced into a graph by torch.compile, a layer computes the same."""
     from lp_inductor.kernels.triton.layer import attention_layer
 
-    @torch.library.triton_op("lp_inductor_test::attention", mutates_args={})
+    # A name of its own: what is compiled is kept by the name and source of the operator.
+    name = f"lp_inductor_test::attention_{'_'.join(options) or 'default'}"
+
+    @torch.library.triton_op(name, mutates_args={})
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attention_layer(query, key, value, visible=Visibility(upper=0), **options)
 
-    compiled = torch.compile(lambda *t: attention(*t) * 1, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(lambda *t: attention(*t) * 1, fullgraph=True)
     for tokens in (512, 400) if dynamic else (512,):
         args = [torch.randn(1, 4, tokens, 64, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+        for arg in args if dynamic else ():
+            torch._dynamo.mark_dynamic(arg, 2)
         eager = attention(*args)
         assert torch.equal(eager, compiled(*args))
         want = F.scaled_dot_product_attention(*(t.double() for t in args), is_causal=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lp_inductor import reference
 from lp_inductor.visibility import Visibility
 from tests.helpers import sqnr
-from tests.kernels.cases import Rotation, fp8_distance, key_padding
 from tests.kernels.cases import Case as AttentionCase
+from tests.kernels.cases import Rotation, fp8_distance, key_padding
 
 #: e4m3 keeps three bits of mantissa: a rounded number is this close to its own. INT8 keeps more.
 MIN_DB = {torch.float8_e4m3fn: 30.0, torch.int8: 38.0}

@@ -274,8 +274,9 @@ def _store_output(
 #: Arguments whose value must not give rise to another compiled kernel. The strides of what is read
 #: in tiles are none of them: that they are multiples of 16 is what lets loads be wide.
 _ANY_VALUE = [
-    "stride_lb", "stride_lh", "q_inverse", "v_given", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
-    "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
+    "stride_lb", "stride_lh", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
+    "q_inverse", "v_given", "stride_ksn",
+    "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
     "stride_vmd",
     "heads", "query_len", "key_len", "scale", "lower", "upper", "chunk",
 ]  # fmt: skip
@@ -315,8 +316,8 @@ def attention_forward(
 
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
     query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query. With
-    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is read:
-    that of query and key is part of ``scale``, that of the value is ``v_given``.
+    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is
+    read: that of query and key is part of ``scale``, that of the value is ``v_given``.
     """
     # Sizes that a compiler knows may arrive as constants, and bounds as 64-bit integers.
     query_len = tl.cast(query_len, tl.int32)

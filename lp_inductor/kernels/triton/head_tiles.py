@@ -2,9 +2,8 @@
 
 A tile is held as two halves, (tokens, DP / 2) each, so that the two lanes of every rotated pair sit
 in the same registers of the same thread: each number is loaded once, and a rotation is arithmetic
-alone. Pointers point to the first token of the tile; from there 32 bits reach every number, which
-saves the registers that decide how many programs share a multiprocessor. Which lanes are the halves, :func:`lanes_of` says; DP is the head size, padded to a power of
-two.
+alone. Which lanes are the halves, :func:`lanes_of` says; DP is the head size, padded to a power of
+two. Pointers point to the first token of the tile; from there 32 bits reach every number.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class TritonKernel(Kernel):
         """On CUDA devices with FP8 matrix units; on CPUs in Triton's interpreter."""
         if importlib.util.find_spec("triton") is None:
             return Miss(MissCode.KERNEL_UNAVAILABLE, "Triton is not installed")
-        from lp_inductor.kernels.triton.attention import interpreted
+        from lp_inductor.kernels.triton.sizes import interpreted
 
         if interpreted() and device.type in ("cpu", "cuda"):
             return OK

@@ -48,8 +48,8 @@ def attention_layer(
     """FP8 attention of operands in bfloat16, float16 or float32, of any strides.
 
     "per_block": a query has a scale a row, keys and values one for 128 tokens. "per_head": all have
-    one a key/value head, which takes a second pass over them. With int8 query and key have a scale a
-    row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
+    one a key/value head, which takes a second pass over them. With int8 query and key have a scale
+    a row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
     that would bind a traced graph to it.
 
     Args:
@@ -67,7 +67,7 @@ def attention_layer(
             own inverse. value_head_dim is a power of two from 16 to 256.
         center_key: subtract a constant from every channel of the key.
         center_value: subtract a constant from every channel of the value, and add it to the result
-            of every query that sees a key. Always done, and with the mean over all tokens, where the
+            of every query that sees a key. Always done, with the mean over all tokens, where the
             kernel adds products of tiles in the matrix unit, which is above head_dim 128: there a
             sum of one sign would lose its bits.
         static_descales: scales of query, key and value for all heads, which need no look at the

@@ -49,7 +49,6 @@ class Cut:
     warps: int
     keep: bool = False
     stages: int = 1
-    options: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,17 +128,21 @@ def _parts(operands: Operands) -> list[Operands]:
 
 
 def _keeps_tables(operands: Operands) -> bool:
-    key, rope = operands.key, operands.k_rope
-    return key is not None and rope is not None and not rope.per_head and key.shape[1] % 16 == 0
+    x, rope = operands.key, operands.k_rope
+    if x is None:
+        x, rope = operands.query, operands.q_rope
+    return x is not None and rope is not None and not rope.per_head and x.shape[1] % 16 == 0
 
 
-def choose_cut(operands: Operands) -> Cut:
+def choose_cut(operands: Operands, two_passes: bool) -> Cut:
     """As measured best on an H200."""
     q_heads, k_heads, v_heads = (
         1 if t is None else t.shape[1] for t in (operands.query, operands.key, operands.value)
     )
     if interpreted():
         return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), KEY_BLOCK, 4)
+    if two_passes:
+        return Cut(_divisor(q_heads, 4), _divisor(k_heads, 4), 1, KEY_BLOCK, 8)
     if operands.value is None and _keeps_tables(operands):
         return Cut(_divisor(q_heads, 8), _divisor(k_heads, 8), 1, KEY_BLOCK, 16, True, 3)
     if operands.key is None and operands.query is None:
@@ -233,9 +236,7 @@ def quantize_fine(
             operands.key,
             lambda t: (*t.shape[:3], 1) if int8 else (*t.shape[:2], _entries(t)),
         )
-        out.v_descale = _empty(
-            operands.value, lambda t: (*t.shape[:2], _entries(t))
-        )
+        out.v_descale = _empty(operands.value, lambda t: (*t.shape[:2], _entries(t)))
     scales = static_descales or (1.0, 1.0, 1.0)
     for part in [operands] if cut is not None else _parts(operands):
         _launch(part, out, modes, k_mean, v_mean, cut=cut, given=scales)
@@ -279,7 +280,7 @@ def quantize_per_head(
             operands.value,
             lambda t: (*t.shape[:2], _entries(t), padded_lanes(t.shape[3])),
         )
-    more = {"partials": partials, "group": group_size, "transpose": transpose_value}
+    more: dict[str, Any] = {"partials": partials, "group": group_size, "transpose": transpose_value}
     _launch(operands, out, (AMAX,) * 3, k_mean, v_mean, cut=cut, lost=lost, **more)
     _finish_statistics(operands, out, partials, lost, group_size)
     _launch(operands, out, (HEAD,) * 3, k_mean, v_mean, cut=cut, backwards=True, **more)
@@ -405,7 +406,7 @@ def _launch(
         ABSENT if t is None else mode
         for t, mode in zip((operands.query, operands.key, operands.value), modes, strict=True)
     )
-    cut = cut or choose_cut(operands)
+    cut = cut or choose_cut(operands, AMAX in modes or HEAD in modes)
     q_tokens = cut.q_tokens if q_mode in (ROW, GIVEN) else KEY_BLOCK
     programs = 0
     for mode, t, tile, together in (
@@ -443,6 +444,7 @@ def _launch(
         CENTER_K=k_mean is not None, CENTER_V=v_mean is not None,
         HADAMARD_QK=operands.hadamard_qk, HADAMARD_V=operands.hadamard_v,
         INT8=torch.int8 in (t.dtype for t in (out.query, out.key) if t is not None),
-        TRANSPOSE=transpose, LOST=lost is not None, GROUP=group, KEEP=cut.keep, NUM_STAGES=cut.stages,
-        BACKWARDS=backwards, INTERPRET=interpreted(), num_warps=cut.warps, **dict(cut.options),
+        TRANSPOSE=transpose, LOST=lost is not None, GROUP=group, KEEP=cut.keep,
+        NUM_STAGES=cut.stages,
+        BACKWARDS=backwards, INTERPRET=interpreted(), num_warps=cut.warps,
     )  # fmt: skip
