@@ -2,8 +2,10 @@
 
     python -m benchmarks.accuracy
 
-SQNR in dB for the Triton kernel, and for FA3 in FP8 where installed: with operands as they are, as
-its callers quantise them, and with centred keys and values, whose mean is added behind it.
+SQNR in dB for the Triton kernels: scales a head, or a row and 128 tokens; with query and key, or
+the value too, multiplied by a Hadamard matrix; with scores in INT8. And for FA3 in FP8 where
+installed: with operands as they are, as its callers quantise them, and with centred keys and
+values, whose mean is added behind it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu
-from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
-from lp_inductor.kernels.triton.quantize import quantize_triton, quantize_value_triton
-from lp_inductor.kernels.triton.quantize_fine import (
-    key_block,
-    quantize_key_blocks,
-    quantize_rows,
-    quantize_value_blocks,
-)
+from lp_inductor.kernels.triton.layer import attention_layer
+from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
 
 HEADS = 4
 #: Queries that are compared; every one sees all keys.
@@ -55,39 +51,49 @@ def fa3(query: Tensor, key: Tensor, value: Tensor, centered: bool) -> Tensor:
     """FA3 in FP8 with one scale per head."""
     from fa3_fwd_interface import flash_attn_func
 
-    q, q_descale = quantize_triton(query)
-    k, k_descale = quantize_triton(key, center=centered)
-    if centered:
-        v, v_descale, mean = quantize_value_triton(value)
-    else:
-        v, v_descale = quantize_triton(value)
-        mean = torch.zeros((), device="cuda")
-    operands = [t.transpose(1, 2) for t in (q, k, v.contiguous())]
-    out = flash_attn_func(*operands, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    done = quantize_per_head(
+        Operands(query, key, value), center_key=centered, center_value=centered,
+        transpose_value=False,
+    )  # fmt: skip
+    assert done.query is not None and done.key is not None and done.value is not None
+    out = flash_attn_func(
+        *(t.transpose(1, 2) for t in (done.query, done.key, done.value)),
+        q_descale=done.q_descale, k_descale=done.k_descale, v_descale=done.v_descale,
+    )  # fmt: skip
     out = out[0] if isinstance(out, tuple) else out
-    return out.transpose(1, 2).float() + mean
+    out = out.transpose(1, 2).float()
+    return out if done.v_mean is None else out + done.v_mean
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def back(out: Tensor) -> Tensor:
+    """Undo the Hadamard transform of the values."""
+    dim = out.shape[-1]
+    matrix = torch.ones(1, 1, device=out.device)
+    while matrix.shape[0] < dim:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return out.float() @ matrix * dim**-0.5
+
+
+#: How the Triton kernels are asked, by name.
+OURS: dict[str, dict[str, Any]] = {
+    "triton per head": {"granularity": "per_head"},
+    "triton": {},
+    "triton hadamard qk": {"hadamard_qk": True},
+    "triton hadamard qkv": {"hadamard_qk": True, "hadamard_v": True},
+    "triton int8": {"qk_dtype": torch.int8},
+    "triton int8 hadamard qk": {"qk_dtype": torch.int8, "hadamard_qk": True},
+    "triton int8 hadamard qkv": {
+        "qk_dtype": torch.int8,
+        "hadamard_qk": True,
+        "hadamard_v": True,
+    },
+}
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     """The Triton kernels."""
-    q, q_descale = quantize_triton(query)
-    k, k_descale = quantize_triton(key, center=True)
-    v, v_descale, mean = quantize_value_triton(value)
-    out, _ = attention_triton(
-        q, k, transpose_value(v), q_descale, k_descale, v_descale, v_mean=mean
-    )
-    return out
-
-
-def one_pass(query: Tensor, key: Tensor, value: Tensor, hadamard: bool) -> Tensor:
-    """The Triton kernels with a scale a row and a block of keys."""
-    q, q_descale = quantize_rows(query, hadamard=hadamard)
-    k, k_descale = quantize_key_blocks(key, hadamard=hadamard)
-    v, v_descale, mean = quantize_value_blocks(value, center=value.shape[-1] > 128)
-    out, _ = attention_triton(
-        q, k, v, q_descale, k_descale, v_descale, v_mean=mean, key_block=key_block()
-    )
-    return out
+    out = attention_layer(query, key, value, **options)
+    return back(out) if options.get("hadamard_v") else out
 
 
 def measure(name: str, tokens: int, dim: int) -> dict[str, Any]:
@@ -96,12 +102,8 @@ def measure(name: str, tokens: int, dim: int) -> dict[str, Any]:
     query = query[:, :, :QUERIES].contiguous()
     want = exact(query, key, value)
     row: dict[str, Any] = {"inputs": name, "tokens": tokens, "dim": dim}
-    results = {
-        "bf16": torch.nn.functional.scaled_dot_product_attention(query, key, value),
-        "triton": ours(query, key, value),
-        "triton one pass": one_pass(query, key, value, False),
-        "triton one pass hadamard": one_pass(query, key, value, True),
-    }
+    results = {"bf16": torch.nn.functional.scaled_dot_product_attention(query, key, value)}
+    results |= {name: ours(query, key, value, options) for name, options in OURS.items()}
     try:
         results["fa3"] = fa3(query, key, value, centered=False)
         results["fa3 centred"] = fa3(query, key, value, centered=True)

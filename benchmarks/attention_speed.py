@@ -18,8 +18,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu
-from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
-from lp_inductor.kernels.triton.quantize import quantize_triton, quantize_value_triton
+from lp_inductor.kernels.triton.attention import attention_triton
+from lp_inductor.kernels.triton.operands import (
+    Operands,
+    Quantized,
+    quantize_fine,
+    quantize_per_head,
+)
 from lp_inductor.visibility import Visibility
 
 HEADS = 32
@@ -31,16 +36,21 @@ Runs = dict[str, Callable[[], object]]
 def rivals(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Runs:
     """Every way to compute the call, by name."""
     group = query.shape[1] // key.shape[1]
-    q, q_descale = quantize_triton(query, group_size=group)
-    k, k_descale = quantize_triton(key, center=True)
-    v, v_descale, v_mean = quantize_value_triton(value)
+    operands = Operands(query, key, value)
     visible = Visibility(upper=0 if causal else None)
+
+    def triton(done: Quantized) -> Callable[[], object]:
+        assert done.query is not None and done.key is not None and done.value is not None
+        return lambda: attention_triton(
+            done.query, done.key, done.value, done.q_descale, done.k_descale, done.v_descale,
+            v_mean=done.v_mean, visible=visible,
+        )  # fmt: skip
+
+    fine = quantize_fine(operands, center_value=query.shape[-1] > 128)
     runs: Runs = {
-        "triton fp8": lambda: attention_triton(
-            q, k, transpose_value(v), q_descale, k_descale, v_descale,
-            v_mean=v_mean, visible=visible,
-        )
-    }  # fmt: skip
+        "triton fp8": triton(fine),
+        "triton fp8 per head": triton(quantize_per_head(operands, group_size=group)),
+    }
     for name, backend in (
         ("flash bf16", SDPBackend.FLASH_ATTENTION),
         ("cudnn bf16", SDPBackend.CUDNN_ATTENTION),
@@ -51,8 +61,9 @@ def rivals(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Runs:
     except ImportError:
         return runs
     bf16 = [t.transpose(1, 2) for t in (query, key, value)]
-    fp8 = [t.transpose(1, 2) for t in (q, k, v.contiguous())]
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    rows = quantize_per_head(operands, group_size=group, transpose_value=False)
+    fp8 = [t.transpose(1, 2) for t in (rows.query, rows.key, rows.value) if t is not None]
+    descales = {name: getattr(rows, name) for name in ("q_descale", "k_descale", "v_descale")}
     runs["fa3 bf16"] = lambda: flash_attn_func(*bf16, causal=causal)
     runs["fa3 fp8"] = lambda: flash_attn_func(*fp8, causal=causal, **descales)
     return runs

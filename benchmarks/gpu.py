@@ -40,7 +40,21 @@ def median_ms(run: Callable[[], object], milliseconds: float = 60.0) -> float:
     return times[len(times) // 2]
 
 
-def graph_ms(run: Callable[[], object], inner: int = 10) -> float:
+def few_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median time of so few runs, for what takes long; one more before them warms up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def graph_ms(run: Callable[[], object], inner: int = 10, milliseconds: float = 60.0) -> float:
     """Median time of one of ``inner`` runs inside a captured CUDA graph: no launch overhead."""
     run()
     torch.cuda.synchronize()
@@ -48,7 +62,7 @@ def graph_ms(run: Callable[[], object], inner: int = 10) -> float:
     with torch.cuda.graph(graph):
         for _ in range(inner):
             run()
-    return median_ms(graph.replay) / inner
+    return median_ms(graph.replay, milliseconds) / inner
 
 
 def machine() -> dict[str, str]:

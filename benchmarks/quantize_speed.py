@@ -14,12 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu
-from lp_inductor.kernels.triton.quantize import Rope, quantize_triton, quantize_value_triton
-from lp_inductor.kernels.triton.quantize_fine import (
-    quantize_key_blocks,
-    quantize_rows,
-    quantize_value_blocks,
-)
+from lp_inductor.kernels.triton.operands import Operands, quantize_fine, quantize_per_head
+from lp_inductor.kernels.triton.rope import Rope
 
 HEADS = 32
 LENGTHS = (1024, 4096, 8192, 16384, 32768, 65536)
@@ -32,36 +28,46 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / gpu.median_ms(lambda: target.copy_(source)) / 1e6
 
 
+def ropes(dim: int, tokens: int) -> dict[str, Rope | None]:
+    """No rotation; whole and half tables in float32 and bfloat16, for both orders of pairs."""
+    angle = torch.randn(1, tokens, dim // 2, device="cuda")
+    half = (angle.cos(), angle.sin())
+    whole = [t.repeat(1, 1, 2) for t in half]
+    return {
+        "not rotated": None,
+        "half": Rope(*half, False, 0, dim),
+        "half, whole tables": Rope(whole[0], whole[1], False, 0, dim),
+        "half, bf16": Rope(half[0].bfloat16(), half[1].bfloat16(), False, 0, dim),
+        "interleaved": Rope(*half, True, 0, dim),
+        "interleaved, bf16": Rope(half[0].bfloat16(), half[1].bfloat16(), True, 0, dim),
+    }
+
+
 def measure(dim: int, tokens: int, copy: float) -> list[dict[str, Any]]:
     """Times and bandwidths of query, key and value."""
     torch.manual_seed(0)
     x = torch.randn(1, tokens, HEADS, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    angle = torch.randn(1, tokens, dim, device="cuda")
-    ropes = {
-        "half": Rope(angle.cos(), angle.sin(), False, 0, dim),
-        "half bf16": Rope(angle.cos().bfloat16(), angle.sin().bfloat16(), False, 0, dim),
-        "interleaved": Rope(angle.cos(), angle.sin(), True, 0, dim),
-    }
     runs: dict[str, tuple[Callable[[], object], Rope | None]] = {
-        "query": (lambda: quantize_triton(x), None),
-        "key": (lambda: quantize_triton(x, center=True), None),
-        "value": (lambda: quantize_value_triton(x), None),
-        "one pass: query": (lambda: quantize_rows(x), None),
-        "one pass: key": (lambda: quantize_key_blocks(x), None),
-        "one pass: value": (lambda: quantize_value_blocks(x), None),
+        "value": (lambda: quantize_fine(Operands(value=x), center_key=False), None),
+        "per head: value": (lambda: quantize_per_head(Operands(value=x), center_key=False), None),
     }
-    for name, rope in ropes.items():
-        runs[f"query, rope {name}"] = (lambda r=rope: quantize_triton(x, r), rope)
-        runs[f"key, rope {name}"] = (lambda r=rope: quantize_triton(x, r, center=True), rope)
-        runs[f"one pass: query, rope {name}"] = (lambda r=rope: quantize_rows(x, r), rope)
-        runs[f"one pass: key, rope {name}"] = (lambda r=rope: quantize_key_blocks(x, r), rope)
+    for name, rope in ropes(dim, tokens).items():
+        query = Operands(query=x, q_rope=rope)
+        key = Operands(key=x, k_rope=rope)
+        runs[f"query, {name}"] = (lambda o=query: quantize_fine(o, center_key=False), rope)
+        runs[f"key, {name}"] = (lambda o=key: quantize_fine(o), rope)
+        if rope is not None and name == "half":
+            everything = Operands(x, x, x, rope, rope)
+            runs["all"] = (lambda o=everything: quantize_fine(o), rope)
+            runs["per head: all"] = (lambda o=everything: quantize_per_head(o), rope)
     rows = []
     for name, (run, rope) in runs.items():
         tables = 0 if rope is None else rope.cos.nbytes + rope.sin.nbytes
         ms = gpu.graph_ms(run)
-        passes = 1 if name.startswith("one pass") else 2
-        moved = passes * (x.nbytes + tables) + x.numel()
-        floor = x.nbytes + tables + x.numel()
+        passes = 2 if name.startswith("per head") else 1
+        tensors = 3 if name.endswith("all") else 1
+        moved = tensors * (passes * x.nbytes + x.numel()) + passes * tables
+        floor = tensors * (x.nbytes + x.numel()) + tables
         row = {"dim": dim, "tokens": tokens, "what": name, "us": round(ms * 1e3, 1)}
         for kind, traffic in (("moved", moved), ("floor", floor)):
             row[f"{kind} GB/s"] = round(traffic / ms / 1e6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lp_inductor import reference
 from lp_inductor.visibility import Visibility
 from tests.helpers import sqnr
 from tests.kernels.cases import (
@@ -17,8 +19,18 @@ from tests.kernels.cases import (
     Rotation,
     attention_cases,
     expected,
-    fp8_distance,
     operands,
+)
+from tests.kernels.quantize_checks import (
+    LAYERS,
+    Layer,
+    check_key_blocks,
+    check_layer,
+    check_per_head,
+    check_rows,
+    check_value,
+    check_value_blocks,
+    longer,
 )
 
 pytestmark = [
@@ -52,58 +64,35 @@ def test_attention_matches_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: r.name)
 @pytest.mark.parametrize("tokens", [300, 4096])
-def test_rotation_matches_the_reference(rotation: Rotation, tokens: int) -> None:
+def test_per_head_scales(rotation: Rotation, tokens: int) -> None:
     """FP8 bytes as the reference has them, but for ties."""
-    from lp_inductor.kernels.triton.quantize import Rope, quantize_triton
-
-    r = rotation
-    x = torch.randn(2, tokens, 4, r.head_dim, dtype=r.dtype, device=CUDA).transpose(1, 2) + 1
-    cos, sin = r.tables(2, 4, tokens, CUDA)
-    tables = (cos, sin)
-    if r.per_head:
-        rotated = [
-            reference.rotate(
-                x[:, h : h + 1].float(), cos[:, h], sin[:, h], r.interleaved, r.start, r.width
-            )
-            for h in range(4)
-        ]
-        want, want_descale = reference.quantize(
-            torch.cat(rotated, 1), None, None, False, 0, 0, r.group_size, r.center
-        )
-    else:
-        want, want_descale = reference.quantize(
-            x, *tables, r.interleaved, r.start, r.width, r.group_size, r.center
-        )
-    got, descale = quantize_triton(
-        x,
-        Rope(*tables, r.interleaved, r.start, r.width),
-        group_size=r.group_size,
-        center=r.center,
-    )
-    torch.testing.assert_close(descale, want_descale, rtol=1e-5, atol=0)
-    share, ulps = fp8_distance(got, want)
-    assert share < 2e-3
-    # A number whose rotation or mean cancels may land on another of the tiny numbers around zero.
-    assert ulps <= 1 or share < 1e-4
+    check_per_head(rotation, tokens, CUDA)
 
 
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: r.name)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_scales_of_rows_and_blocks(rotation: Rotation, dtype: torch.dtype) -> None:
+    """A row, or 128 tokens."""
+    check_rows(rotation, 1000, CUDA, dtype)
+    check_key_blocks(rotation, 1000, CUDA)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("shape", [(2, 4, 300, 40), (1, 3, 4096, 128), (1, 2, 1000, 256)])
-def test_value_matches_the_reference(shape: tuple[int, ...]) -> None:
-    """Centred, transposed, padded with zeros."""
-    from lp_inductor.kernels.triton.attention import transpose_value
-    from lp_inductor.kernels.triton.quantize import quantize_value_triton
+def test_value(shape: tuple[int, ...], transpose: bool) -> None:
+    """Centred, by channel or by token, with its mean; and with one scale for 128 tokens."""
+    check_value(shape, CUDA, transpose)
+    check_value_blocks(shape, CUDA, center=transpose)
 
-    x = torch.randn(shape, device=CUDA, dtype=torch.bfloat16) + 3
-    want, want_descale, want_mean = reference.quantize_centered(x)
-    got, descale, mean = quantize_value_triton(x)
-    torch.testing.assert_close(descale, want_descale, rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean, want_mean, rtol=1e-5, atol=1e-5)
-    share, ulps = fp8_distance(got, want)
-    assert share < 2e-3
-    assert ulps <= 1 or share < 1e-4
-    stored = transpose_value(got)
-    assert stored.data_ptr() == got.data_ptr()
-    assert (stored[..., shape[2] :].float() == 0).all()
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.name)
+def test_layer(layer: Layer) -> None:
+    """Whole layers, four times as long; twice with the same bits."""
+    torch.manual_seed(0)
+    first = check_layer(longer(layer, 4), CUDA)
+    torch.manual_seed(0)
+    second = check_layer(longer(layer, 4), CUDA)
+    assert torch.equal(first, second)
 
 
 def test_logsumexp() -> None:
@@ -160,81 +149,42 @@ def test_accuracy_does_not_depend_on_length(tokens: int) -> None:
     assert sqnr(got, want) > 45
 
 
-def test_inside_a_triton_op() -> None:
-    """Traced into a graph by torch.compile, the kernels compute the same."""
-    from lp_inductor.kernels.triton.attention import attention_triton
-    from lp_inductor.kernels.triton.quantize import quantize_triton, quantize_value_triton
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"raw_query": True, "hadamard_qk": True},
+        {"granularity": "per_head"},
+        {"qk_dtype": torch.int8},
+    ],
+    ids=["block", "raw", "head", "int8"],
+)
+def test_inside_a_triton_op(dynamic: bool, options: dict[str, Any]) -> None:
+    """Traced into a graph by torch.compile, a layer computes the same."""
+    from lp_inductor.kernels.triton.layer import attention_layer
 
-    @torch.library.triton_op("lp_inductor_test::attention", mutates_args={})
+    # A name of its own: what is compiled is kept by the name and source of the operator.
+    name = f"lp_inductor_test::attention_{'_'.join(options) or 'default'}"
+
+    @torch.library.triton_op(name, mutates_args={})
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        q, q_descale = quantize_triton(query)
-        k, k_descale = quantize_triton(key, center=True)
-        v, v_descale, v_mean = quantize_value_triton(value)
-        out, _ = attention_triton(
-            q, k, v.transpose(2, 3), q_descale, k_descale, v_descale, v_mean=v_mean,
-            visible=Visibility(upper=0),
-        )  # fmt: skip
-        return out
+        return attention_layer(query, key, value, visible=Visibility(upper=0), **options)
 
-    args = [torch.randn(1, 4, 512, 64, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
-    eager = attention(*args)
-    compiled = torch.compile(lambda *t: attention(*t) * 1, fullgraph=True)(*args)
-    assert torch.equal(eager, compiled)
-    want = F.scaled_dot_product_attention(*(t.double() for t in args), is_causal=True)
-    assert sqnr(eager, want) > 24
+    compiled = torch.compile(lambda *t: attention(*t) * 1, fullgraph=True)
+    for tokens in (512, 400) if dynamic else (512,):
+        args = [torch.randn(1, 4, tokens, 64, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+        for arg in args if dynamic else ():
+            torch._dynamo.mark_dynamic(arg, 2)
+        eager = attention(*args)
+        assert torch.equal(eager, compiled(*args))
+        want = F.scaled_dot_product_attention(*(t.double() for t in args), is_causal=True)
+        assert sqnr(eager, want) > 24
 
 
-@pytest.mark.parametrize("dim", [40, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("hadamard", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_one_pass(dim: int, hadamard: bool, transposed: bool) -> None:
-    """Scales per row and block, a sampled mean, grouped heads: attention over what was rotated."""
-    from lp_inductor.kernels.triton.attention import attention_triton
-    from lp_inductor.kernels.triton.quantize import Rope
-    from lp_inductor.kernels.triton.quantize_fine import (
-        key_block,
-        quantize_key_blocks,
-        quantize_rows,
-        quantize_value_blocks,
-    )
-
-    if hadamard and dim not in (64, 128, 256):
-        pytest.skip("there is no Hadamard matrix of this size")
-    tokens = 777
-    query, key, value = (
-        torch.randn(2, tokens, heads, dim, device=CUDA, dtype=torch.bfloat16) for heads in (8, 2, 2)
-    )
-    key += 3 * torch.randn(2, 1, 2, dim, device=CUDA)
-    value += 1
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if not transposed:
-        query, key, value = (t.contiguous() for t in (query, key, value))
-    angle = torch.randn(1, tokens, dim, device=CUDA)
-    rope = Rope(angle.cos(), angle.sin(), False, 0, dim)
-    q, q_descale = quantize_rows(query, rope, hadamard=hadamard)
-    k, k_descale = quantize_key_blocks(key, rope, hadamard=hadamard)
-    v, v_descale, v_mean = quantize_value_blocks(value, center=dim > 128)
-    got, _ = attention_triton(
-        q, k, v, q_descale, k_descale, v_descale, v_mean=v_mean, visible=Visibility(upper=0),
-        key_block=key_block(), out_dtype=torch.float32,
-    )  # fmt: skip
-    rotated = [
-        reference.rotate(t.float(), angle.cos(), angle.sin(), False, 0, dim) for t in (query, key)
-    ]
-    want = F.scaled_dot_product_attention(
-        *(t.double() for t in (*rotated, value)), is_causal=True, enable_gqa=True
-    )
-    assert sqnr(got, want) > 26
-
-
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("tokens", [100, 5000])
-def test_sampled_mean(dim: int, tokens: int) -> None:
-    """What is taken off a value comes back exactly, and is the mean over evenly spread tokens."""
-    from lp_inductor.kernels.triton.quantize_fine import quantize_value_blocks
-
-    x = torch.randn(1, 3, tokens, dim, device=CUDA) + 2
-    _, _, mean = quantize_value_blocks(x, center=True)
-    step = -(-tokens // 128)
-    assert mean is not None
-    torch.testing.assert_close(mean, x[:, :, ::step].mean(2, keepdim=True), rtol=1e-5, atol=1e-5)
+def test_strides_are_not_the_only_one_compiled_for() -> None:
+    """One call after another with other lengths and layouts: no result of the last shows."""
+    for layer in (LAYERS[0], LAYERS[1], LAYERS[2]):
+        for tokens in (130, 257, 1024, 33):
+            for inside in (True, False):
+                check_layer(replace(layer, tokens=tokens, heads_inside=inside), CUDA)

@@ -35,7 +35,7 @@ class RawQuery:
 
 
 def takes_raw_query(head_dim: int, value_head_dim: int, out_dtype: torch.dtype) -> bool:
-    """Whether the attention kernel can quantise queries itself: a row and its scale must fit into the result's."""
+    """Whether the kernel can quantise queries itself: a row and its scale fit into the result's."""
     whole = split_dim(head_dim) == (head_dim, 0)
     row = value_head_dim * out_dtype.itemsize
     return whole and row >= head_dim + 4 and row % 4 == 0
@@ -82,8 +82,8 @@ def attention_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over quantised operands.
 
-    The shape of a scale says what one covers: (batch, kv_heads) a head, (batch, kv_heads, blocks)
-    128 tokens of it, and with four dimensions it broadcasts over the operand.
+    The shape of a scale says what one covers: (batch, kv_heads) a head, (batch, kv_heads, blocks or
+    more) 128 tokens of it, and with four dimensions it broadcasts over the operand.
 
     Args:
         query: (batch, heads, query_tokens, head_dim), float8_e4m3fn or int8; stride 1 along

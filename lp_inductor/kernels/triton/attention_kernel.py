@@ -47,6 +47,8 @@ from lp_inductor.kernels.triton.head_tiles import (
 #: 2**-6 and whose largest is 448: what is 2**-14 of the row's largest keeps full precision.
 LOG2_P_SCALE = tl.constexpr(8.0)
 LN_2 = tl.constexpr(0.6931471805599453)
+#: The smallest normal float32.
+SMALLEST = tl.constexpr(1.1754943508222875e-38)
 
 #: What the keys and values of one section of heads may take of the L2 cache.
 L2_BYTES = tl.constexpr(32 * 2**20)
@@ -61,23 +63,11 @@ def _accumulate(acc, alpha, p, v, TWO_LEVEL: tl.constexpr):
 
 
 @triton.jit
-def _block_scale(ptr, key, key_len, stride, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
-    """The scale of the block that ``key`` lies in, or of the last one behind that.
-
-    Triton would copy a number that it sees loaded in the loop by way of shared memory, as it does
-    the tiles: a load that it does not see, one tile ahead, costs nothing.
-    """
+def _block_scale(ptr, key, key_len, stride, BLOCK: tl.constexpr):
+    """The scale of the block that ``key`` lies in; 1 behind the last one."""
     scale = 1.0
     if BLOCK > 1:
-        key = tl.maximum(tl.minimum(key, key_len - 1), 0)
-        ptr += (key // BLOCK) * stride
-        if INTERPRET:
-            scale = tl.load(ptr, mask=key_len > 0, other=1.0)
-        else:
-            scale = tl.inline_asm_elementwise(
-                "ld.global.nc.f32 $0, [$1];", "=f,l", [ptr.to(tl.int64)],
-                dtype=tl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
+        scale = tl.load(ptr + (key // BLOCK) * stride, mask=key < key_len, other=1.0)
     return scale
 
 
@@ -96,7 +86,10 @@ def _attend(
     TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [start, end) to the sums; EDGE: positions may hide some of them."""
+    """Add the keys [start, end) to the sums; EDGE: positions may hide some of them.
+
+    The scales of blocks of keys are loaded one tile ahead.
+    """
     order = key_order(BLOCK_N)
     dims0 = tl.arange(0, D0)
     dims_v0 = tl.arange(0, DV0)
@@ -106,11 +99,10 @@ def _attend(
     first_key, last_key = key_bounds(rows, key_len, lower, upper, chunk, LOWER, UPPER, CHUNK)
     # The rows of the values are padded with zeros to whole vectors of 16.
     padded_len = tl.multiple_of(tl.cdiv(key_len, 16) * 16, 16)
-    next_k_scale = _block_scale(k_descale_ptr, start, key_len, stride_ksn, K_BLOCK, INTERPRET)
+    next_k_scale = _block_scale(k_descale_ptr, start, key_len, stride_ksn, K_BLOCK)
+    next_v_scale = _block_scale(v_descale_ptr, start, key_len, stride_vsd, V_BLOCK)
     for first in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         first = tl.multiple_of(first, BLOCK_N)
-        # Loaded a tile ahead, as the key's is, this would keep Triton from pipelining the loop.
-        next_v_scale = _block_scale(v_descale_ptr, first, key_len, stride_vsd, V_BLOCK, INTERPRET)
         keys = first + order
         keys_valid = (keys < key_len)[:, None]
         k_tile = k_ptr + tl.cast(first, tl.int64) * stride_kn
@@ -130,7 +122,7 @@ def _attend(
         if K_BLOCK > 1:
             scale = qk_scale * next_k_scale
             next_k_scale = _block_scale(
-                k_descale_ptr, first + BLOCK_N, key_len, stride_ksn, K_BLOCK, INTERPRET
+                k_descale_ptr, first + BLOCK_N, key_len, stride_ksn, K_BLOCK
             )
         scale_2d = scale[:, None] if Q_PER_ROW else scale
         if PRESCALE:
@@ -159,8 +151,13 @@ def _attend(
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
         if V_BLOCK > 0:  # the sums are kept in units of the scale of the last values
-            alpha = alpha * (v_scale / next_v_scale)
-            v_scale = next_v_scale
+            # (Handed on as it is, a number from the tile before last would end the pipelining.)
+            new_v_scale = tl.maximum(next_v_scale, SMALLEST)
+            alpha = alpha * (v_scale / new_v_scale)
+            v_scale = new_v_scale
+            next_v_scale = _block_scale(
+                v_descale_ptr, first + BLOCK_N, key_len, stride_vsd, V_BLOCK
+            )
 
         p8 = to_key_order(round_to_fp8(p, INTERPRET), BLOCK_M, BLOCK_N)
         keys_valid_v = (first + natural < padded_len)[None, :]
@@ -202,11 +199,11 @@ def _quantize_query(
     high_sin = 0.0
     if ROPE != 0:
         low_cos, low_sin, high_cos, high_sin = load_tables(
-            cos_ptr, sin_ptr, rows, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+            cos_ptr, sin_ptr, exists, stride_cs, stride_cd, stride_ss, stride_sd,
             D, BLOCK_M, ROPE, START, WIDTH, TABLE,
         )  # fmt: skip
     low, high = load_halves(
-        q_ptr, low_cos, low_sin, high_cos, high_sin, rows, exists, stride_qm, stride_qd,
+        q_ptr, low_cos, low_sin, high_cos, high_sin, exists, stride_qm, stride_qd,
         D, D, BLOCK_M, ROPE, START, WIDTH,
     )  # fmt: skip
     if HADAMARD:
@@ -277,8 +274,9 @@ def _store_output(
 #: Arguments whose value must not give rise to another compiled kernel. The strides of what is read
 #: in tiles are none of them: that they are multiples of 16 is what lets loads be wide.
 _ANY_VALUE = [
-    "stride_lb", "stride_lh", "q_inverse", "v_given", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
-    "stride_ksn", "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
+    "stride_lb", "stride_lh", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
+    "q_inverse", "v_given", "stride_ksn",
+    "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
     "stride_vmd",
     "heads", "query_len", "key_len", "scale", "lower", "upper", "chunk",
 ]  # fmt: skip
@@ -318,8 +316,8 @@ def attention_forward(
 
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
     query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query. With
-    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is read:
-    that of query and key is part of ``scale``, that of the value is ``v_given``.
+    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is
+    read: that of query and key is part of ``scale``, that of the value is ``v_given``.
     """
     # Sizes that a compiler knows may arrive as constants, and bounds as 64-bit integers.
     query_len = tl.cast(query_len, tl.int32)
@@ -344,8 +342,10 @@ def attention_forward(
 
     if QUANTIZE_Q:
         q0, q_descale = _quantize_query(
-            q_ptr, cos_ptr + batch * stride_cb + head * stride_ch,
-            sin_ptr + batch * stride_sb + head * stride_sh, rows, query_len, stride_qm, stride_qd,
+            q_ptr + row0.to(tl.int64) * stride_qm,
+            cos_ptr + (batch * stride_cb + head * stride_ch + row0.to(tl.int64) * stride_cs),
+            sin_ptr + (batch * stride_sb + head * stride_sh + row0.to(tl.int64) * stride_ss),
+            rows, query_len, stride_qm, stride_qd,
             stride_cs, stride_cd, stride_ss, stride_sd, tl.cast(q_inverse, tl.float32),
             D, BLOCK_M, ROPE, START, WIDTH, TABLE, GIVEN, HADAMARD, INT8, INTERPRET,
         )  # fmt: skip
@@ -373,7 +373,8 @@ def attention_forward(
     if GIVEN:
         v_scale = tl.cast(v_given, tl.float32)
     elif V_BLOCK > 0:
-        v_scale = _block_scale(v_descale_ptr, start, key_len, stride_vsd, V_BLOCK, INTERPRET)
+        v_scale = _block_scale(v_descale_ptr, start, key_len, stride_vsd, V_BLOCK)
+        v_scale = tl.maximum(v_scale, SMALLEST)
     elif not V_PER_CHANNEL:
         v_scale = tl.load(v_descale_ptr)
     if K_BLOCK == 0 and not GIVEN:

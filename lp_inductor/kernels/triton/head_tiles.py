@@ -3,7 +3,7 @@
 A tile is held as two halves, (tokens, DP / 2) each, so that the two lanes of every rotated pair sit
 in the same registers of the same thread: each number is loaded once, and a rotation is arithmetic
 alone. Which lanes are the halves, :func:`lanes_of` says; DP is the head size, padded to a power of
-two.
+two. Pointers point to the first token of the tile; from there 32 bits reach every number.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def _table_half(
 
 @triton.jit
 def _table(
-    ptr, tokens_mine, exists, stride_s, stride_d, other: tl.constexpr, DP: tl.constexpr,
+    ptr, exists, stride_s, stride_d, other: tl.constexpr, DP: tl.constexpr,
     TILE: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     TABLE: tl.constexpr,
 ):  # fmt: skip
-    rows = ptr + tokens_mine.to(tl.int64)[:, None] * stride_s
+    rows = ptr + tl.arange(0, TILE)[:, None] * stride_s
     low_lanes, high_lanes = lanes_of(DP, ROPE)
     if ROPE == 1:
         low = tl.load(rows + low_lanes[None, :] * stride_d, mask=exists, other=other)
@@ -74,7 +74,7 @@ def _table(
 
 @triton.jit
 def load_tables(
-    cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+    cos_ptr, sin_ptr, exists, stride_cs, stride_cd, stride_ss, stride_sd,
     DP: tl.constexpr, TILE: tl.constexpr, ROPE: tl.constexpr, START: tl.constexpr,
     WIDTH: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +84,10 @@ def load_tables(
     share one entry, which is then loaded once.
     """
     low_cos, high_cos = _table(
-        cos_ptr, tokens_mine, exists, stride_cs, stride_cd, 1.0, DP, TILE, ROPE, START, WIDTH, TABLE
+        cos_ptr, exists, stride_cs, stride_cd, 1.0, DP, TILE, ROPE, START, WIDTH, TABLE
     )
     low_sin, high_sin = _table(
-        sin_ptr, tokens_mine, exists, stride_ss, stride_sd, 0.0, DP, TILE, ROPE, START, WIDTH, TABLE
+        sin_ptr, exists, stride_ss, stride_sd, 0.0, DP, TILE, ROPE, START, WIDTH, TABLE
     )
     return low_cos, low_sin, high_cos, high_sin
 
@@ -111,12 +111,12 @@ def _partners(
 
 @triton.jit
 def load_halves(
-    x_ptr, low_cos, low_sin, high_cos, high_sin, tokens_mine, exists, stride_s, stride_d,
+    x_ptr, low_cos, low_sin, high_cos, high_sin, exists, stride_s, stride_d,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile in float32, rotated; zeros where there is no token or lane."""
-    rows = x_ptr + tokens_mine.to(tl.int64)[:, None] * stride_s
+    rows = x_ptr + tl.arange(0, TILE)[:, None] * stride_s
     low_lanes, high_lanes = lanes_of(DP, ROPE)
     if ROPE == 2:
         dims = tl.arange(0, DP)[None, :]
@@ -143,7 +143,7 @@ def load_halves(
 
 
 @triton.jit
-def _sylvester(SIZE: tl.constexpr):
+def sylvester(SIZE: tl.constexpr):
     """The Hadamard matrix (SIZE, SIZE) of entries 1 and -1, as Sylvester built it."""
     lanes = tl.arange(0, SIZE)
     parity = lanes[:, None] & lanes[None, :]
@@ -168,12 +168,12 @@ def spread(low, high, DP: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.conste
     order of lanes that the halves come in, since only the bits of two lane numbers are compared.
     """
     if DP >= 32:
-        matrix = _sylvester(DP // 2)
+        matrix = sylvester(DP // 2)
         total = _dot(low + high, matrix, INTERPRET)
         difference = _dot(low - high, matrix, INTERPRET)
     else:  # matrix units sum at least 16 numbers
         both = tl.reshape(tl.join(low, high), (TILE, DP))
-        both = _dot(both, _sylvester(DP), INTERPRET)
+        both = _dot(both, sylvester(DP), INTERPRET)
         total, difference = tl.split(tl.reshape(both, (TILE, DP // 2, 2)))
     factor: tl.constexpr = DP**-0.5
     return total * factor, difference * factor

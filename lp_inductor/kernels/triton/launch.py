@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from triton import JITFunction
 
-from lp_inductor.kernels.triton import attention_kernel, quantize_kernel
+from lp_inductor.kernels.triton import attention_kernel, quantize_kernel, statistics_kernel
 
 
 def _starter(kernel: Any) -> Callable[..., None]:
@@ -26,5 +26,7 @@ def _starter(kernel: Any) -> Callable[..., None]:
 
 attention_forward = _starter(attention_kernel.attention_forward)
 quantize_operands = _starter(quantize_kernel.quantize_operands)
-sample_means = _starter(quantize_kernel.sample_means)
-finish_means = _starter(quantize_kernel.finish_means)
+sample_means = _starter(statistics_kernel.sample_means)
+finish_means = _starter(statistics_kernel.finish_means)
+finish_statistics = _starter(statistics_kernel.finish_statistics)
+transform_means = _starter(statistics_kernel.transform_means)

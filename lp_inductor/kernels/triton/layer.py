@@ -10,6 +10,8 @@ from torch import Tensor
 from lp_inductor.kernels.triton.attention import RawQuery, attention_triton, takes_raw_query
 from lp_inductor.kernels.triton.blocks import choose_blocks
 from lp_inductor.kernels.triton.operands import (
+    ALL_TOKENS,
+    VALUE_SAMPLES,
     Cut,
     Operands,
     Quantized,
@@ -46,8 +48,8 @@ def attention_layer(
     """FP8 attention of operands in bfloat16, float16 or float32, of any strides.
 
     "per_block": a query has a scale a row, keys and values one for 128 tokens. "per_head": all have
-    one a key/value head, which takes a second pass over them. With int8 query and key have a scale a
-    row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
+    one a key/value head, which takes a second pass over them. With int8 query and key have a scale
+    a row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
     that would bind a traced graph to it.
 
     Args:
@@ -65,8 +67,9 @@ def attention_layer(
             own inverse. value_head_dim is a power of two from 16 to 256.
         center_key: subtract a constant from every channel of the key.
         center_value: subtract a constant from every channel of the value, and add it to the result
-            of every query that sees a key. Always done where the kernel adds products of tiles in
-            the matrix unit, which is above head_dim 128.
+            of every query that sees a key. Always done, with the mean over all tokens, where the
+            kernel adds products of tiles in the matrix unit, which is above head_dim 128: there a
+            sum of one sign would lose its bits.
         static_descales: scales of query, key and value for all heads, which need no look at the
             numbers; those beyond the range are clamped.
         visible: which keys each query sees; None: all.
@@ -87,7 +90,9 @@ def attention_layer(
     if per_head:
         raw_query = False
     elif raw_query is None:
-        raw_query = takes_raw_query(head_dim, dim_v, out_dtype) and head_dim <= 128
+        # A tile that sees few keys is over before its start pays.
+        long = visible.upper is None and visible.chunk is None and visible.lower is None
+        raw_query = long and head_dim <= 128 and takes_raw_query(head_dim, dim_v, out_dtype)
     operands = Operands(
         None if raw_query else query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v
     )
@@ -99,6 +104,7 @@ def attention_layer(
     else:
         done = quantize_fine(
             operands, qk_dtype=qk_dtype, center_key=center_key, center_value=center_value,
+            value_samples=VALUE_SAMPLES if blocks.two_level else ALL_TOKENS,
             static_descales=static_descales, cut=cut,
         )  # fmt: skip
     return _attend(

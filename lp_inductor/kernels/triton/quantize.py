@@ -12,7 +12,7 @@ from lp_inductor.kernels.triton.operands import (
     quantize_per_head,
 )
 from lp_inductor.kernels.triton.rope import Rope
-from lp_inductor.kernels.triton.sizes import FP8, known
+from lp_inductor.kernels.triton.sizes import FP8, KEY_BLOCK, cdiv, known
 
 __all__ = [
     "Rope",
@@ -125,7 +125,8 @@ def quantize_key_blocks(
     """
     operands = Operands(key=x, k_rope=rope, hadamard_qk=hadamard)
     done = quantize_fine(operands, qk_dtype=dtype, center_key=center, cut=cut)
-    return _pair(done.key, done.k_descale)
+    key, descale = _pair(done.key, done.k_descale)
+    return key, descale if dtype == torch.int8 else _blocks(descale, x)
 
 
 def quantize_value_blocks(
@@ -146,7 +147,12 @@ def quantize_value_blocks(
     """
     operands = Operands(value=x, hadamard_v=hadamard)
     done = quantize_fine(operands, center_key=False, center_value=center, cut=cut)
-    return *_pair(done.value, done.v_descale), done.v_mean
+    value, descale = _pair(done.value, done.v_descale)
+    return value, _blocks(descale, x), done.v_mean
+
+
+def _blocks(descale: Tensor, x: Tensor) -> Tensor:
+    return descale[:, :, : cdiv(x.shape[2], KEY_BLOCK)]
 
 
 def _pair(x: Tensor | None, descale: Tensor | None) -> tuple[Tensor, Tensor]:

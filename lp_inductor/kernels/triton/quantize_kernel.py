@@ -31,8 +31,8 @@ from lp_inductor.kernels.triton.head_tiles import (
 )
 
 #: The constexpr Q_SCALE, K_SCALE and V_SCALE: what is done with an operand's tiles. Nothing; write
-#: the largest number of each to ``partial``; round with a scale of its own, or one a row; round with
-#: the scale that is given; round with one scale a head, made of what AMAX wrote.
+#: the largest number of each to ``partial``; round with a scale of its own, or one a row; round
+#: with the scale that is given, or with one a head that is read.
 ABSENT, AMAX, BLOCK, ROW, GIVEN, HEAD = 0, 1, 2, 3, 4, 5
 
 #: Arguments whose value must not give rise to another compiled kernel. Strides are none of them:
@@ -41,24 +41,11 @@ _ANY_VALUE = ["heads", "kv_heads", "q_tokens", "tokens", "q_inverse", "k_inverse
 
 
 @triton.jit
-def _head_amax(partial_ptr, batch, head, heads, blocks, GROUP: tl.constexpr):
-    """The largest number of the GROUP neighbours of ``head``; partial is (batch, heads, blocks)."""
-    count = GROUP * blocks
-    entries = tl.arange(0, 256)
-    partial_ptr += (batch * heads + head // GROUP * GROUP) * blocks
-    amax = tl.zeros((256,), tl.float32)
-    for first in range(0, count, 256):
-        valid = first + entries < count
-        amax = tl.maximum(amax, tl.load(partial_ptr + first + entries, mask=valid, other=0.0))
-    return tl.max(amax, 0)
-
-
-@triton.jit
 def _store_rows(
-    out, low, high, tokens_mine, exists, stride_s,
+    out, low, high, exists, stride_s,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    rows = out + tokens_mine.to(tl.int64)[:, None] * stride_s
+    rows = out + tl.arange(0, TILE)[:, None] * stride_s
     if ROPE == 2:
         dims = tl.arange(0, DP)[None, :]
         tl.store(rows + dims, whole_rows(low, high, DP, TILE, ROPE), mask=exists & (dims < D))
@@ -83,7 +70,7 @@ def _store_transposed(
 
 @triton.jit
 def _one_head(
-    low, high, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
+    low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr, lost_ptr,
     inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
     D: tl.constexpr, DP: tl.constexpr, ROW_BYTES: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, SCALE: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr,
@@ -92,50 +79,41 @@ def _one_head(
 ):  # fmt: skip
     """Everything behind the rotation."""
     row = batch * heads + head
+    entry = row * (blocks + 1) + block
     low_lanes, high_lanes = lanes_of(DP, ROPE)
     if HADAMARD:
         low, high = spread(low, high, DP, TILE, INTERPRET)
     if CENTER:
-        means = mean_ptr + row * D
-        low_mean = tl.load(means + low_lanes, mask=low_lanes < D, other=0.0)
-        high_mean = tl.load(means + high_lanes, mask=high_lanes < D, other=0.0)
         low = tl.where(exists, low - low_mean[None, :], 0.0)
         high = tl.where(exists, high - high_mean[None, :], 0.0)
     if SCALE == 1:
-        tl.store(partial_ptr + row * blocks + block, tl.max(rows_amax(low, high, False), 0))
+        tl.store(partial_ptr + entry, tl.max(rows_amax(low, high, False), 0))
+        tl.store(partial_ptr + row * (blocks + 1) + blocks, 0.0, mask=block == 0)
         if LOST:
-            lost = lost_ptr + (row * blocks + block) * DP
+            lost = lost_ptr + entry * DP
             tl.store(lost + low_lanes, tl.sum(low, 0))
             tl.store(lost + high_lanes, tl.sum(high, 0))
     else:
         if SCALE == 2:
             descale = descale_of(tl.max(rows_amax(low, high, False), 0), INT8)
-            tl.store(descale_ptr + row * blocks + block, descale)
+            tl.store(descale_ptr + entry, descale)
             inverse = 1.0 / descale
         if SCALE == 3:
             descale = descale_of(rows_amax(low, high, INT8), INT8)
             tl.store(descale_ptr + row * tokens + tokens_mine, descale, mask=tokens_mine < tokens)
             inverse = (1.0 / descale)[:, None]
         if SCALE == 5:
-            descale = descale_of(_head_amax(partial_ptr, batch, head, heads, blocks, GROUP), INT8)
-            tl.store(descale_ptr + row // GROUP, descale, mask=(block == 0) & (row % GROUP == 0))
-            inverse = 1.0 / descale
-        low *= inverse
-        high *= inverse
-        low8 = round_to(low, INT8, INTERPRET)
-        high8 = round_to(high, INT8, INTERPRET)
-        if LOST:
-            lost = lost_ptr + (row * blocks + block) * DP
-            tl.store(lost + low_lanes, tl.sum(low - low8.to(tl.float32), 0))
-            tl.store(lost + high_lanes, tl.sum(high - high8.to(tl.float32), 0))
+            inverse = 1.0 / tl.load(descale_ptr + row // GROUP)
+        low8 = round_to(low * inverse, INT8, INTERPRET)
+        high8 = round_to(high * inverse, INT8, INTERPRET)
         if TRANSPOSE:
             padded = tl.cdiv(tokens, 16) * 16
             out = out_ptr + row * D * padded.to(tl.int64)
             _store_transposed(out, low8, high8, tokens_mine, padded, D, DP)
         else:
-            out = out_ptr + (batch * tokens * heads + head) * ROW_BYTES
-            stride = heads * ROW_BYTES
-            _store_rows(out, low8, high8, tokens_mine, exists, stride, D, DP, TILE, ROPE)
+            first = batch * tokens + block * TILE
+            out = out_ptr + (first * heads + head) * ROW_BYTES
+            _store_rows(out, low8, high8, exists, heads * ROW_BYTES, D, DP, TILE, ROPE)
 
 
 @triton.jit
@@ -168,33 +146,41 @@ def _tiles(
     batch = tl.program_id(1).to(tl.int64)
     tokens_mine = block * TILE + tl.arange(0, TILE)
     exists = (tokens_mine < tokens)[:, None]
-    x_ptr += batch * stride_xb
-    cos_ptr += batch * stride_cb
-    sin_ptr += batch * stride_sb
+    first = (block * TILE).to(tl.int64)
+    x_ptr += batch * stride_xb + first * stride_xs
+    cos_ptr += batch * stride_cb + first * stride_cs
+    sin_ptr += batch * stride_sb + first * stride_ss
     low_cos = 1.0
     low_sin = 0.0
     high_cos = 1.0
     high_sin = 0.0
     if ROPE != 0 and KEEP and not TABLE_PER_HEAD:
         low_cos, low_sin, high_cos, high_sin = load_tables(
-            cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
+            cos_ptr, sin_ptr, exists, stride_cs, stride_cd, stride_ss, stride_sd,
             DP, TILE, ROPE, START, WIDTH, TABLE,
         )  # fmt: skip
     for index in tl.range(0, HEADS, num_stages=NUM_STAGES):
         head = (group * HEADS + index).to(tl.int64)
         if ROPE != 0 and (TABLE_PER_HEAD or not KEEP):
             cos_low, sin_low, cos_high, sin_high = load_tables(
-                cos_ptr + head * stride_ch, sin_ptr + head * stride_sh, tokens_mine, exists,
+                cos_ptr + head * stride_ch, sin_ptr + head * stride_sh, exists,
                 stride_cs, stride_cd, stride_ss, stride_sd, DP, TILE, ROPE, START, WIDTH, TABLE,
             )  # fmt: skip
         else:
             cos_low, sin_low, cos_high, sin_high = low_cos, low_sin, high_cos, high_sin
+        low_mean = 0.0
+        high_mean = 0.0
+        if CENTER:  # asked for first, so that all loads are under way together
+            low_lanes, high_lanes = lanes_of(DP, ROPE)
+            means = mean_ptr + (batch * heads + head) * D
+            low_mean = tl.load(means + low_lanes, mask=low_lanes < D, other=0.0)
+            high_mean = tl.load(means + high_lanes, mask=high_lanes < D, other=0.0)
         low, high = load_halves(
             x_ptr + head * stride_xh, cos_low, sin_low, cos_high, sin_high,
-            tokens_mine, exists, stride_xs, stride_xd, D, DP, TILE, ROPE, START, WIDTH,
+            exists, stride_xs, stride_xd, D, DP, TILE, ROPE, START, WIDTH,
         )  # fmt: skip
         _one_head(
-            low, high, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
+            low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr, lost_ptr,
             inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
             D, DP, ROW_BYTES, TILE, ROPE, SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, LOST, GROUP,
             INTERPRET,
@@ -224,17 +210,18 @@ def quantize_operands(
     Q_SCALE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INT8: tl.constexpr,
-    TRANSPOSE: tl.constexpr, LOST: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, NUM_STAGES: tl.constexpr,
-    BACKWARDS: tl.constexpr, INTERPRET: tl.constexpr,
+    TRANSPOSE: tl.constexpr, LOST: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr,
+    NUM_STAGES: tl.constexpr, BACKWARDS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the query, the key and the value, batch).
 
     Tables are ``cos`` (strides c) and ``sin`` (strides n). What is written is contiguous: ``out``
     (batch, tokens, heads, ROW_BYTES) or, of a value with TRANSPOSE, (batch, heads, D, tokens padded
-    to a multiple of 16, zeros behind the last); ``descale`` (batch, heads, blocks), (batch, heads,
-    tokens) or (batch, heads / GROUP); ``partial`` (batch, heads, blocks); with LOST also, of the
-    value summed over each block, (batch, heads, blocks, DVP): with AMAX what centring left of it,
-    otherwise what rounding took off, in units of its scale. ``inverse`` is 1 / descale where the scale is GIVEN.
+    to a multiple of 16, zeros behind the last); ``descale`` (batch, heads, blocks + 1), (batch,
+    heads, tokens), or is read: (batch, heads / GROUP); ``partial`` (batch, heads, blocks + 1), zero
+    in the last; with LOST AMAX also sums what centring left of the value over each block, (batch,
+    heads, blocks + 1, DVP). (One entry more than there are blocks: that this is not one needs no
+    guard in a traced graph.) ``inverse`` is 1 / descale where the scale is GIVEN.
     """
     program = tl.program_id(0)
     if BACKWARDS:
@@ -281,110 +268,6 @@ def quantize_operands(
                 0, 0, 0, 0, 0, 0, 0, 0,
                 tl.cast(v_inverse, tl.float32), kv_heads, tokens,
                 DV, DVP, V_ROW_BYTES, TILE, V_HEADS, V_HEADS_FIRST, 0, 0, 2, 2, False,
-                V_SCALE, CENTER_V, HADAMARD_V, False, TRANSPOSE, LOST, 1, False, NUM_STAGES, INTERPRET,
+                V_SCALE, CENTER_V, HADAMARD_V, False, TRANSPOSE, LOST, 1, False, NUM_STAGES,
+                INTERPRET,
             )  # fmt: skip
-
-
-@triton.jit
-def _sample(
-    x_ptr, cos_ptr, sin_ptr, mean_ptr, row, tokens,
-    stride_xs, stride_xd, stride_cs, stride_cd, stride_ss, stride_sd,
-    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    HADAMARD: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """The mean over every ``step``-th token of one head."""
-    step = tl.maximum(tl.cdiv(tokens, TILE), 1)
-    samples = tl.cdiv(tokens, step)
-    index = tl.arange(0, TILE)
-    exists = (index < samples)[:, None]
-    tokens_mine = index * step
-    low_cos = 1.0
-    low_sin = 0.0
-    high_cos = 1.0
-    high_sin = 0.0
-    if ROPE != 0:
-        low_cos, low_sin, high_cos, high_sin = load_tables(
-            cos_ptr, sin_ptr, tokens_mine, exists, stride_cs, stride_cd, stride_ss, stride_sd,
-            DP, TILE, ROPE, START, WIDTH, TABLE,
-        )  # fmt: skip
-    low, high = load_halves(
-        x_ptr, low_cos, low_sin, high_cos, high_sin, tokens_mine, exists, stride_xs, stride_xd,
-        D, DP, TILE, ROPE, START, WIDTH,
-    )  # fmt: skip
-    if HADAMARD:
-        low, high = spread(low, high, DP, TILE, INTERPRET)
-    low_lanes, high_lanes = lanes_of(DP, ROPE)
-    mean_ptr += row * D
-    tl.store(mean_ptr + low_lanes, tl.sum(low, 0) / samples, mask=low_lanes < D)
-    tl.store(mean_ptr + high_lanes, tl.sum(high, 0) / samples, mask=high_lanes < D)
-
-
-@triton.jit(do_not_specialize=["kv_heads", "tokens"])
-def sample_means(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, k_mean_ptr, v_mean_ptr,
-    stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd,
-    stride_cb, stride_ch, stride_cs, stride_cd, stride_nb, stride_nh, stride_ns, stride_nd,
-    kv_heads, tokens,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, TILE: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
-    HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Means over at most TILE tokens, evenly spread, of what is rounded; both (batch, heads, dim).
-
-    Grid (kv_heads, of the key, the value or both, batch).
-    """
-    kv_heads = tl.cast(kv_heads, tl.int32)
-    tokens = tl.cast(tokens, tl.int32)
-    batch = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    row = batch * kv_heads + head
-    if CENTER_K:
-        if tl.program_id(0) < kv_heads:
-            _sample(
-                k_ptr + batch * stride_kb + head * stride_kh,
-                cos_ptr + batch * stride_cb + head * stride_ch,
-                sin_ptr + batch * stride_nb + head * stride_nh, k_mean_ptr, row, tokens,
-                stride_ks, stride_kd, stride_cs, stride_cd, stride_ns, stride_nd,
-                D, DP, TILE, ROPE, START, WIDTH, TABLE, HADAMARD_QK, INTERPRET,
-            )  # fmt: skip
-    if CENTER_V:
-        if (not CENTER_K) or tl.program_id(0) >= kv_heads:
-            _sample(
-                v_ptr + batch * stride_vb + head * stride_vh, v_ptr, v_ptr, v_mean_ptr, row, tokens,
-                stride_vs, stride_vd, 0, 0, 0, 0,
-                DV, DVP, TILE, 0, 0, 2, 2, HADAMARD_V, INTERPRET,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens", "blocks"])
-def finish_means(
-    lost_ptr, mean_ptr, descale_ptr, partial_ptr, tokens, blocks,
-    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, ROUNDED: tl.constexpr,
-):  # fmt: skip
-    """Add to the means (heads, D) what is missing, summed by blocks; grid (heads,).
-
-    ROUNDED: the sums are what rounding took off, in units of the scale. Otherwise they are what
-    the first means left, and the largest numbers in ``partial`` grow by as much as the means move.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, DP)
-    total = tl.zeros((CHUNK, DP), tl.float32)
-    for first in range(0, blocks, CHUNK):
-        entries = first + tl.arange(0, CHUNK)
-        pointers = lost_ptr + (head * blocks + entries)[:, None] * DP + dims[None, :]
-        total += tl.load(pointers, mask=(entries < blocks)[:, None], other=0.0)
-    missing = tl.sum(total, 0) / tokens
-    if ROUNDED:
-        missing *= tl.load(descale_ptr + head)
-    pointers = mean_ptr + head * D + dims
-    tl.store(pointers, tl.load(pointers, mask=dims < D) + missing, mask=dims < D)
-    if not ROUNDED:
-        moved = tl.max(tl.where(dims < D, tl.abs(missing), 0.0), 0)
-        for first in range(0, blocks, CHUNK):
-            entries = first + tl.arange(0, CHUNK)
-            largest = partial_ptr + head * blocks + entries
-            amax = tl.load(largest, mask=entries < blocks)
-            tl.store(largest, amax + moved, mask=entries < blocks)
