@@ -128,9 +128,12 @@ def quantize_centered(
 def mean_over_tokens(x: Tensor) -> Tensor:
     """The mean of (batch, heads, tokens, dim) over tokens, (batch, heads, 1, dim), float32.
 
-    Added up in float64: more than 4096 float32 numbers Inductor adds in another way on a CPU, and
-    it would put a guard on which side of that a symbolic number of tokens lies.
+    On a CPU added up in float64: more than 4096 float32 numbers Inductor adds in another way
+    there, and it would put a guard on which side of that a symbolic number of tokens lies. (Many
+    GPUs have few units for float64.)
     """
+    if x.device.type != "cpu":
+        return x.mean(dim=2, keepdim=True)
     return x.mean(dim=2, keepdim=True, dtype=torch.float64).float()
 
 

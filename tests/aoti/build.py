@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import lp_inductor
-from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, Visibility
+from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility
 from lp_inductor.reference import per_head
 from tests import models
 from tests.test_rewrites import qkv
@@ -153,7 +153,7 @@ def build_language_model(folder: Path) -> None:
     It is compiled as the demo does, whose tests may find it in Inductor's cache, or the reverse.
     """
     from lp_inductor.demo.model import load_language_model, logits_of
-    from lp_inductor.demo.run import WINDOW, compile_fp8
+    from lp_inductor.demo.run import compile_fp8
     from lp_inductor.demo.text import load_text
 
     model = load_language_model()
@@ -163,8 +163,67 @@ def build_language_model(folder: Path) -> None:
             export_prefill(model.module, ids[:, :64]), package_path=folder / "smollm2.pt2"
         )
         compiled = logits_of(compile_fp8(model.module))
-        for n, tokens in enumerate((ids[:, :WINDOW], ids[:, WINDOW : WINDOW + 97])):
+        for n, tokens in enumerate((ids[:, :200], ids[:, 200:297])):
             save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
+
+
+def build_gpu(folder: Path) -> None:
+    """For each kernel that a package may hold on this GPU: two models, and what JIT returns."""
+    stock_program = torch.export.export(
+        models.Attention(models.no_rope), tuple(t.cuda() for t in qkv())
+    )
+    torch._inductor.aoti_compile_and_package(stock_program, package_path=str(folder / "stock.pt2"))
+    for name in gpu_kernels():
+        dims = {2: Dim("tokens", min=2, max=8192)}
+        operands = [t.cuda() for t in llama_inputs(2, 256)]
+        config = {"kernel": name, "force": True}
+        program = torch.export.export(
+            models.Attention(models.llama), tuple(operands), dynamic_shapes=((dims,) * 3,)
+        )
+        lp_inductor.aoti_compile_and_package(
+            program, package_path=folder / f"{name}.pt2", config=config
+        )
+        compiled = lp_inductor.compile_with_fp8_fusion(models.llama, config)
+        for n, tokens in enumerate((256, 1024)):
+            inputs = llama_inputs(2, tokens)
+            on_gpu = [t.cuda() for t in inputs]
+            for tensor in on_gpu:
+                torch._dynamo.mark_dynamic(tensor, 2)
+            with torch.no_grad():
+                result = compiled(*on_gpu)
+            save(folder / f"{name}{n}.pt", inputs, [result.cpu()])
+            save(folder / f"exact{n}.pt", inputs, [models.llama(*(t.double() for t in inputs))])
+
+
+def gpu_kernels() -> list[str]:
+    """The registered kernels that a package may hold, without a library, on this GPU."""
+    device = torch.device("cuda")
+    return [
+        kernel.name
+        for kernel in lp_inductor.registered_kernels()
+        if kernel.portable and not kernel.libraries and isinstance(kernel.availability(device), Ok)
+    ]
+
+
+def build_upstream(folder: Path) -> None:
+    """PyTorch's FP8 attention in a package, without us, on a GPU: its first run throws."""
+
+    class Upstream(nn.Module):
+        def forward(self, q: Tensor, descale: Tensor) -> Tensor:
+            out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.quantized(
+                q, q, q, descale, descale, descale, 0.0, True, False
+            )[0]
+            return out
+
+    q = torch.randn(2, 4, 128, 64).cuda().to(torch.float8_e4m3fn)
+    operands = (q, torch.ones(2, 4).cuda())
+    torch.save({"inputs": list(operands), "outputs": []}, folder / "upstream.pt")
+    program = torch.export.export(Upstream(), operands)
+    try:
+        lp_inductor.aoti_compile_and_package(program, package_path=folder / "ours.pt2")
+    except PackageError as error:
+        (folder / "error.txt").write_text(str(error))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "upstream.pt2"))
 
 
 def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:
@@ -189,6 +248,8 @@ class Prefill(nn.Module):
 BUILDS: dict[str, Callable[[Path], Any]] = {
     "packages": lambda folder: (build_models(folder), build_library(folder)),
     "language_model": build_language_model,
+    "gpu": build_gpu,
+    "upstream": build_upstream,
 }
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from torch.export import Dim, ExportedProgram
 import lp_inductor
 from lp_inductor import MissCode, MissError, PackageError, Report
 from lp_inductor._compat import NewGuardError
-from lp_inductor.export import aoti_inductor_configs
+from lp_inductor.export import PortabilityPass, aoti_inductor_configs
 from lp_inductor.kernels.reference import ReferenceKernel
+from lp_inductor.lowerings.attention import lower_graph
 from tests import models
 from tests.aoti.build import Layer, LibraryKernel, shape_env_of
+from tests.lowerings.test_attention import attention_graph
 from tests.test_rewrites import qkv
 
 Q = (2, 4, 16, 32)
@@ -242,6 +244,17 @@ def test_an_operator_of_ours_that_needs_python_is_no_package() -> None:
             lp_inductor.aoti_compile_and_package(export(call, torch.randn(Q, dtype=torch.bfloat16)))
     finally:
         lp_inductor.unregister_kernel("interpreted")
+
+
+def test_the_upstream_overload_that_nothing_lowers_is_no_package() -> None:
+    """A call whose other outputs are used stays ATen's, and would throw at its first run."""
+    gm = attention_graph((0, 1))
+    lower_graph(gm.graph)
+    with pytest.raises(PackageError, match=r"flash_attention.quantized cannot be packaged"):
+        PortabilityPass()(gm.graph)
+    gm = attention_graph()
+    lower_graph(gm.graph)
+    PortabilityPass()(gm.graph)
 
 
 def test_reports_survive_json() -> None:

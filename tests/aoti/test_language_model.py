@@ -11,7 +11,6 @@ import torch
 import lp_inductor
 from lp_inductor.demo.model import LOADER_PACKAGES, MODEL_PACKAGE
 from tests.aoti.processes import build_once, build_program, python, run_program, run_without_us
-from tests.helpers import sqnr
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,7 +19,7 @@ pytestmark = [
         reason="the packages of the demo are not installed",
     ),
 ]
-LENGTHS = (1024, 97)
+LENGTHS = (200, 97)
 
 
 @pytest.fixture(scope="session")
@@ -41,13 +40,12 @@ def test_every_layer_is_fp8(built: Path) -> None:
 
 
 def test_logits_without_us(built: Path, tmp_path: Path) -> None:
-    """As many layers as there are let the order of additions show; FP8 would show far more."""
     jobs = [("model", built / f"smollm2_{n}.pt") for n in range(len(LENGTHS))]
     results = run_without_us(built / "smollm2.pt2", jobs, tmp_path)
     for n, (logits,) in enumerate(results):
         (compiled,) = torch.load(built / f"smollm2_{n}.pt")["outputs"]
         assert logits.shape == compiled.shape and logits.shape[1] == LENGTHS[n]
-        assert sqnr(compiled, logits) > 40
+        assert torch.equal(compiled, logits)
 
 
 def test_logits_without_python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -58,4 +56,4 @@ def test_logits_without_python(built: Path, tmp_path_factory: pytest.TempPathFac
         )
         assert status == 0, error
         assert printed["python"] == "no"
-        assert float(printed["sqnr"].removesuffix(" dB")) > 40
+        assert printed["sqnr"] == "inf dB"
