@@ -137,3 +137,20 @@ def test_result_shape() -> None:
     assert [str(s) for s in value.shape] == [str(s) for s in query.shape]
     assert [str(s) for s in value.stride()[1:]] == ["128", "1024", "1"]
     assert value.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "stages"),
+    [(128, torch.bfloat16, 3), (256, torch.bfloat16, 1), (128, torch.float32, 1)],
+)
+def test_tiles_fit_into_small_shared_memories(dim: int, dtype: torch.dtype, stages: int) -> None:
+    """Tiles are under way ahead only where two of them take less than 99 KiB."""
+    from lp_inductor.kernels.triton.operands import Operands, choose_cut
+    from lp_inductor.kernels.triton.rope import Rope
+
+    table = torch.empty(1, 256, dim // 2, device="meta")
+    key = torch.empty(1, 32, 256, dim, dtype=dtype, device="meta")
+    operands = Operands(key=key, k_rope=Rope(table, table, False, 0, dim))
+    cut = choose_cut(operands, two_passes=False)
+    assert cut.stages == stages
+    assert (cut.stages > 1) <= (2 * 128 * dim * dtype.itemsize < 99 * 1024)

@@ -131,7 +131,10 @@ def _keeps_tables(operands: Operands) -> bool:
     x, rope = operands.key, operands.k_rope
     if x is None:
         x, rope = operands.query, operands.q_rope
-    return x is not None and rope is not None and not rope.per_head and x.shape[1] % 16 == 0
+    if x is None or rope is None or rope.per_head:
+        return False
+    # Two tiles under way must fit into 99 KiB of shared memory, which is all that Ada has.
+    return x.shape[1] % 16 == 0 and padded_lanes(x.shape[3]) * x.element_size() <= 256
 
 
 def choose_cut(operands: Operands, two_passes: bool) -> Cut:
