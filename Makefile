@@ -66,10 +66,12 @@ pytest: lint
 # worker: more would only take turns.
 # Triton's kernels are then tested once more by themselves, interpreted: a process interprets all
 # kernels or compiles all, and with a GPU the first run compiles them.
+INTERPRETED := $(addprefix tests/kernels/test_,attention_triton.py layer.py quantize.py triton_kernel.py) \
+	tests/lowerings/test_triton.py
 RUN_TESTS := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900
 pytest: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(RUN_TESTS) $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN_TESTS) -W ignore::RuntimeWarning tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN_TESTS) -W ignore::RuntimeWarning $(INTERPRETED)
 
 # mypy reads the package as it installs, because no source tree shows passes/ as lp_inductor.passes.
 # build/lib goes first: setuptools would install modules from it that no longer exist.
