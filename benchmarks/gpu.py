@@ -65,12 +65,13 @@ def graph_ms(run: Callable[[], object], inner: int = 10, milliseconds: float = 6
     return median_ms(graph.replay, milliseconds) / inner
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, Any]:
     """The card and the versions that a result depends on."""
     import triton
 
     return {
         "card": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
