@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lp_inductor import Fp8Config, Kernel, backend, register_kernel, unregister_kernel
 from lp_inductor._compat import PassChain, chain_passes
+from lp_inductor.decide import PackageRules
 from lp_inductor.kernels.reference import ReferenceKernel
 
 CHILD = """
@@ -133,3 +134,8 @@ def test_a_users_pass_without_uuid_turns_caching_off() -> None:
     assert isinstance(chained, PassChain) and chained.uuid() is None
     both = chain_passes(ours, [ours])
     assert isinstance(both, PassChain) and both.uuid() == (ours.uuid(), ours.uuid())
+
+
+def test_the_rules_of_a_package_change_the_key() -> None:
+    rules = (None, PackageRules(), PackageRules(("a",)), PackageRules(("b",)))
+    assert len({backend.cache_key(Fp8Config(), r) for r in rules}) == len(rules)

@@ -163,7 +163,7 @@ def build_language_model(folder: Path) -> None:
             export_prefill(model.module, ids[:, :64]), package_path=folder / "smollm2.pt2"
         )
         compiled = logits_of(compile_fp8(model.module))
-        for n, tokens in enumerate((ids[:, :200], ids[:, 200:297])):
+        for n, tokens in enumerate((ids[:, :64], ids[:, 64:161])):
             save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
 
 

@@ -19,7 +19,7 @@ pytestmark = [
         reason="the packages of the demo are not installed",
     ),
 ]
-LENGTHS = (200, 97)
+LENGTHS = (64, 97)
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +50,8 @@ def test_logits_without_us(built: Path, tmp_path: Path) -> None:
 
 def test_logits_without_python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     program = build_once(tmp_path_factory, "program", build_program)
-    for n in range(len(LENGTHS)):
-        status, printed, error = run_program(
-            program, built / "smollm2.pt2", built / f"smollm2_{n}.pt"
-        )
-        assert status == 0, error
-        assert printed["python"] == "no"
-        assert printed["sqnr"] == "inf dB"
+    # Of another length than that of the export.
+    status, printed, error = run_program(program, built / "smollm2.pt2", built / "smollm2_1.pt")
+    assert status == 0, error
+    assert printed["python"] == "no"
+    assert printed["sqnr"] == "inf dB"
