@@ -72,10 +72,12 @@ def test_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_needs_fp8_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ampere has none; Ada, Hopper and Blackwell have."""
     assert "do not run on cpu" in unavailable("cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(module, "capability_of", lambda device: None)
+    assert unavailable("cuda") == "there is no cuda"
+    monkeypatch.setattr(module, "capability_of", lambda device: (8, 0))
     assert "compute capability 8.9, this device has 8.0" in unavailable("cuda")
     for capability in ((8, 9), (9, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(module, "capability_of", lambda device, c=capability: c)
         assert isinstance(TritonKernel().availability(torch.device("cuda")), Ok)
 
 
@@ -84,3 +86,39 @@ def test_interpreted_on_cpus() -> None:
     """The interpreter makes a CPU serve, but no other device."""
     assert isinstance(TritonKernel().availability(torch.device("cpu")), Ok)
     assert "do not run on mps" in unavailable("mps")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_kernels_start_on_the_device_of_their_operands(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Whatever device is current; without a GPU nothing is asked of CUDA."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lp_inductor.kernels.triton import launch
+
+    current = [torch.device("cuda:0")]
+    started: list[torch.device] = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    class Recorded:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **constants: started.append(current[-1])
+
+    with FakeTensorMode():
+        operand = torch.empty(2, device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch._starter(Recorded())((1,), 3, operand)
+    assert started == [torch.device(device if device != "cpu" else "cuda:0")]
+    assert current == [torch.device("cuda:0")]

@@ -6,6 +6,7 @@ Each function takes the grid, the arguments of its kernel, and by name its const
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,22 @@ def _starter(kernel: Any) -> Callable[..., None]:
     def start(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
         # Inside a torch.library.triton_op that is traced, the call is recorded.
         wrapped = torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
-        wrapped[grid](*args, **constants)
+        with _device_of(args):
+            wrapped[grid](*args, **constants)
 
     return start
+
+
+def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU current that the operands are on: Triton launches on the current one.
+
+    Compiled code does so by itself; this is for calls from Python, which may come from any device.
+    """
+    tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+    device = next(tensors).device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 attention_forward = _starter(attention_kernel.attention_forward)
