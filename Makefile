@@ -66,7 +66,8 @@ pytest: lint
 # worker: more would only take turns.
 # Triton's kernels are then tested once more by themselves, interpreted: a process interprets all
 # kernels or compiles all, and with a GPU the first run compiles them.
-INTERPRETED := $(addprefix tests/kernels/test_,attention_triton.py layer.py quantize.py triton_kernel.py) \
+INTERPRETED := $(addprefix tests/kernels/test_,attention_triton.py layer.py operators.py quantize.py \
+	triton_kernel.py) \
 	tests/lowerings/test_triton.py
 RUN_TESTS := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900
 pytest: $(VENV)/.stamp-test

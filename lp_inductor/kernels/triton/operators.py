@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lp_inductor import reference
 from lp_inductor.passes.result import Ok
-from lp_inductor.quantization import FP8
+from lp_inductor.quantization import FP8, TOKEN_BLOCK
 
 
 def quantize(
@@ -59,6 +59,8 @@ def quantize(
     assert quantized is not None
     if descale is None:
         descale = _given(x, group_size, static_descale)
+    elif scales == "block":
+        descale = descale[..., : -(-x.shape[2] // TOKEN_BLOCK)]  # without the unused one
     return quantized, descale
 
 
