@@ -145,7 +145,8 @@ def test_result_shape() -> None:
 )
 def test_tiles_fit_into_small_shared_memories(dim: int, dtype: torch.dtype, stages: int) -> None:
     """Tiles are under way ahead only where two of them take less than 99 KiB."""
-    from lp_inductor.kernels.triton.operands import Operands, choose_cut
+    from lp_inductor.kernels.triton.cuts import choose_cut
+    from lp_inductor.kernels.triton.operands import Operands
     from lp_inductor.kernels.triton.rope import Rope
 
     table = torch.empty(1, 256, dim // 2, device="meta")

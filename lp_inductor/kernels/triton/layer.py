@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lp_inductor.kernels.triton.attention import RawQuery, attention_triton, takes_raw_query
 from lp_inductor.kernels.triton.blocks import choose_blocks
+from lp_inductor.kernels.triton.cuts import Cut
 from lp_inductor.kernels.triton.operands import (
     ALL_TOKENS,
     VALUE_SAMPLES,
-    Cut,
     Operands,
     Quantized,
     quantize_fine,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lp_inductor.kernels.triton.cuts import Cut
 from lp_inductor.kernels.triton.operands import (
-    Cut,
     Operands,
     quantize_fine,
     quantize_per_head,
