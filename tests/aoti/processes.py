@@ -59,7 +59,8 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    # A process that a signal ends prints nothing; only its status tells.
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
 
