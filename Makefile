@@ -3,7 +3,8 @@
 # runs instant.
 #
 #   make demo    a real language model, its attention in FP8, compared with bfloat16
-#   make test    lint, then every test
+#   make test    lint, then the tests
+#   make test-long  the tests that take many minutes
 #   make lint    ruff and mypy
 #   make coverage  docs/coverage.md, measured anew on the model zoo
 
@@ -21,7 +22,7 @@ TYPECHECK := build/typecheck
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest coverage bench-compile-time clean
+.PHONY: help demo test test-long lint format pytest coverage bench-compile-time clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -71,8 +72,11 @@ INTERPRETED := $(addprefix tests/kernels/test_,attention_triton.py layer.py oper
 	tests/lowerings/test_triton.py
 RUN_TESTS := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900
 pytest: $(VENV)/.stamp-test
-	OMP_NUM_THREADS=1 $(RUN_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN_TESTS) -m 'not long' $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN_TESTS) -W ignore::RuntimeWarning $(INTERPRETED)
+
+test-long: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 # mypy reads the package as it installs, because no source tree shows passes/ as lp_inductor.passes.
 # build/lib goes first: setuptools would install modules from it that no longer exist.

@@ -13,7 +13,7 @@ from lp_inductor.demo.model import LOADER_PACKAGES, MODEL_PACKAGE
 from tests.aoti.processes import build_once, build_program, python, run_program, run_without_us
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         any(importlib.util.find_spec(p) is None for p in (MODEL_PACKAGE, *LOADER_PACKAGES)),
         reason="the packages of the demo are not installed",
