@@ -621,3 +621,13 @@ def test_other_numbers_of_heads_are_other_compiles() -> None:
             (site,) = lp_inductor.explain(models.llama, q, k, v).sites
         assert site.fused and site.rope is not None, site.miss
         assert (site.query_shape[1], site.key_shape[1]) == (heads, kv_heads)
+
+
+@pytest.mark.parametrize("name", ["llama", "gqa_flag", "one_head", "batch_tables", "cross"])
+def test_every_size_dynamic(name: str) -> None:
+    """``torch.compile(dynamic=True)``: heads and head_dim are fixed, the rest stays open."""
+    model, operands, rope, mask, _ = REWRITTEN[name]
+    with torch.no_grad(), torch._dynamo.config.patch(assume_static_by_default=False):
+        (site,) = lp_inductor.explain(model, *operands).sites
+    assert (site.fused, site.rope, site.mask) == (True, rope, mask), site.miss
+    assert isinstance(site.query_shape[1], int) and isinstance(site.query_shape[2], str)
