@@ -115,6 +115,8 @@ class Decider:
         paying = [tokens for tokens, name in segments if name is not None]
         if not paying:
             return Miss(MissCode.NOT_FASTER, "measured slower than bfloat16 at every length")
+        if self._rules is not None and isinstance(call.key_len, torch.SymInt):
+            return _too_short_to_export(call.key_len, paying[0])
         return Miss(
             MissCode.SHORT_SEQUENCE,
             f"{call.batch} x {call.heads} heads, {call.query_len} queries, {call.key_len} keys: "

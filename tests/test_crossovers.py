@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lp_inductor import AttentionCall, Fp8Config, Kernel, Miss, MissCode, Ok
-from lp_inductor.decide import Decider
+from lp_inductor.decide import Decider, PackageRules
 from lp_inductor.kernels import crossovers, registry
 from lp_inductor.kernels.base import MaskPart
 from lp_inductor.kernels.measured import HEADS, SPEEDUPS
@@ -158,6 +158,27 @@ def test_symbolic_lengths_are_guarded(card: None) -> None:
         size = env.create_symintnode(symbol, hint=hint)
         assert chosen(call(size)) == want
         assert len(env.guards) == guards, env.guards
+
+
+def test_packages_ask_the_range_of_a_length(card: None) -> None:
+    """They have no guards: every length that may come must pay, and else the export says how."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    for least, want in ((4096, "one"), (2, "SHORT_SEQUENCE")):
+        env = ShapeEnv()
+        symbol = env.create_symbol(5000, ConstantSource("s"), dynamic_dim=DimDynamic.DYNAMIC)
+        size = env.create_symintnode(symbol, hint=5000)
+        env.constrain_symbol_range(symbol, least, 8192)
+        portable = Stub("one")
+        portable.portable = True  # type: ignore[misc]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registry, "_KERNELS", {"one": portable})
+            decision = Decider(Fp8Config(), PackageRules())("", call(size))
+        name = decision.kernel if isinstance(decision, Decision) else decision.code.name
+        assert name == want and not env.guards
+        if isinstance(decision, Miss):
+            assert "torch.export.Dim(..., min=2048)" in decision.detail
 
 
 def test_lengths_that_only_data_tell_are_left_alone(card: None) -> None:
