@@ -58,18 +58,9 @@ def scaled_dot_product_attention_fp8(
     if isinstance(kernel, Miss):
         raise RuntimeError(f"no FP8 kernel serves this call: {kernel}")
     how = config.quantization("", granularity_of(kernel, config) or "per_head")
-    q, q_descale = ops.quantize(
-        query, None, None, False, 0, 0, group, False, scales=how.query_scales,
-        hadamard=how.hadamard_qk, dtype=how.qk_dtype, static_descale=how.static_descale(0),
-    )  # fmt: skip
-    k, k_descale = ops.quantize(
-        key, None, None, False, 0, 0, 1, how.smooth_k, scales=how.key_scales,
-        hadamard=how.hadamard_qk, dtype=how.qk_dtype, static_descale=how.static_descale(1),
-    )  # fmt: skip
-    v_options = {
-        "scales": how.value_scales, "hadamard": how.hadamard_v,
-        "static_descale": how.static_descale(2),
-    }  # fmt: skip
+    q, q_descale = ops.quantize(query, None, None, False, 0, 0, group, False, **how.query_options())
+    k, k_descale = ops.quantize(key, None, None, False, 0, 0, 1, how.smooth_k, **how.key_options())
+    v_options = how.value_options()
     mean = None
     if how.smooth_v:
         v, v_descale, mean = ops.quantize_centered(value, **v_options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,9 +62,31 @@ class Quantization:
     def _is_fine(self) -> bool:
         return self.granularity == "per_block" and self.static_descales is None
 
-    def static_descale(self, operand: int) -> float | None:
-        """The given scale of query (0), key (1) or value (2)."""
-        return None if self.static_descales is None else self.static_descales[operand]
+    def query_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``lp_inductor::quantize`` for a query, but for its defaults."""
+        return self._options(0, self.query_scales, self.hadamard_qk, self.qk_dtype)
+
+    def key_options(self) -> dict[str, Any]:
+        """Those for a key."""
+        return self._options(1, self.key_scales, self.hadamard_qk, self.qk_dtype)
+
+    def value_options(self) -> dict[str, Any]:
+        """Those for a value, which ``quantize_centered`` takes too."""
+        return self._options(2, self.value_scales, self.hadamard_v, FP8)
+
+    def _options(
+        self, operand: int, scales: str, hadamard: bool, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if scales != "head":
+            options["scales"] = scales
+        if hadamard:
+            options["hadamard"] = True
+        if dtype != FP8:
+            options["dtype"] = dtype
+        if self.static_descales is not None:
+            options["static_descale"] = self.static_descales[operand]
+        return options
 
     def describe(self) -> str:
         """For reports: the granularity, then whatever is not the default."""

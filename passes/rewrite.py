@@ -27,6 +27,7 @@ V's mean goes with it: a query that sees no key must not get it.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -66,8 +67,12 @@ class Rewriter:
         kernel, quantization = decision.kernel, decision.quantization
         emitter = Emitter(self._graph, site)
         former_inputs = list(site.all_input_nodes)
-        query, q_descale = self._quantize_query(emitter, match, quantization)
-        key, k_descale = self._quantize_key(emitter, match, quantization)
+        query, q_descale = self._quantize(
+            emitter, match.query, match.group_size, False, quantization.query_options()
+        )
+        key, k_descale = self._quantize(
+            emitter, match.key, 1, quantization.smooth_k, quantization.key_options()
+        )
         value, v_descale, mean = self._quantize_value(emitter, match.value, quantization)
         operands = (query, key, value, q_descale, k_descale, v_descale)
         if decision.aten_overload and _aten_says_it(match, quantization):
@@ -84,35 +89,13 @@ class Rewriter:
         emitter.replace_site(result)
         erase_dead(self._graph, former_inputs)
 
-    def _quantize_query(
-        self, emitter: Emitter, match: SiteMatch, quantization: Quantization
-    ) -> tuple[Node, Node]:
-        options = _options(
-            scales=quantization.query_scales,
-            hadamard=quantization.hadamard_qk,
-            dtype=quantization.qk_dtype,
-            static_descale=quantization.static_descale(0),
-        )
-        return self._quantize(emitter, match.query, match.group_size, False, options)
-
-    def _quantize_key(
-        self, emitter: Emitter, match: SiteMatch, quantization: Quantization
-    ) -> tuple[Node, Node]:
-        options = _options(
-            scales=quantization.key_scales,
-            hadamard=quantization.hadamard_qk,
-            dtype=quantization.qk_dtype,
-            static_descale=quantization.static_descale(1),
-        )
-        return self._quantize(emitter, match.key, 1, quantization.smooth_k, options)
-
     def _quantize(
         self,
         emitter: Emitter,
         operand: Operand,
         group_size: int,
         center: bool,
-        options: dict[str, object],
+        options: dict[str, Any],
     ) -> tuple[Node, Node]:
         source = operand.source.emit(emitter)
         rope = self._rope_arguments(emitter, operand.rope)
@@ -134,11 +117,7 @@ class Rewriter:
     def _quantize_value(
         self, emitter: Emitter, operand: Operand, quantization: Quantization
     ) -> tuple[Node, Node, Node | None]:
-        options = _options(
-            scales=quantization.value_scales,
-            hadamard=quantization.hadamard_v,
-            static_descale=quantization.static_descale(2),
-        )
+        options = quantization.value_options()
         if not quantization.smooth_v:
             return (*self._quantize(emitter, operand, 1, False, options), None)
         source = operand.source.emit(emitter)
@@ -161,12 +140,6 @@ class Rewriter:
             match.attention_call().dtype,
             kernel,
         )
-
-
-def _options(**given: object) -> dict[str, object]:
-    """Keyword arguments of a quantise operator that differ from its defaults."""
-    defaults = {"scales": "head", "hadamard": False, "dtype": FP8, "static_descale": None}
-    return {name: value for name, value in given.items() if value != defaults[name]}
 
 
 def _aten_says_it(match: SiteMatch, quantization: Quantization) -> bool:

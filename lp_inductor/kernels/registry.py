@@ -13,6 +13,7 @@ from lp_inductor.kernels.base import AttentionCall, Kernel, MaskPart
 from lp_inductor.kernels.crossovers import Curve, measured_curves
 from lp_inductor.kernels.fa3 import Fa3Kernel
 from lp_inductor.kernels.fa4 import Fa4Kernel
+from lp_inductor.kernels.installed import capability_of
 from lp_inductor.kernels.measured import SPEEDUPS
 from lp_inductor.kernels.reference import ReferenceKernel
 from lp_inductor.kernels.triton.kernel import TritonKernel
@@ -147,9 +148,8 @@ def prefer(serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel:
 
 def curves_of(call: AttentionCall) -> Mapping[str, Curve]:
     """The measured speed-ups of calls like this one on its device."""
-    if call.device.type != "cuda" or not torch.cuda.is_available():
-        return {}
-    return measured_curves(torch.cuda.get_device_capability(call.device), call, SPEEDUPS)
+    capability = capability_of(call.device)
+    return {} if capability is None else measured_curves(capability, call, SPEEDUPS)
 
 
 def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | Miss:

@@ -67,18 +67,9 @@ def quantised(
     how = Fp8Config(**config).quantization("", config.get("granularity", "per_block"))
     group, dim = q.shape[1] // k.shape[1], q.shape[3]
     rope = (cos, sin, True, dim // 2, dim // 2)
-    query = ops.quantize(
-        q, *rope, group, False, scales=how.query_scales, hadamard=how.hadamard_qk,
-        dtype=how.qk_dtype, static_descale=how.static_descale(0),
-    )  # fmt: skip
-    key = ops.quantize(
-        k, *rope, 1, how.smooth_k, scales=how.key_scales, hadamard=how.hadamard_qk,
-        dtype=how.qk_dtype, static_descale=how.static_descale(1),
-    )  # fmt: skip
-    options = {
-        "scales": how.value_scales, "hadamard": how.hadamard_v,
-        "static_descale": how.static_descale(2),
-    }  # fmt: skip
+    query = ops.quantize(q, *rope, group, False, **how.query_options())
+    key = ops.quantize(k, *rope, 1, how.smooth_k, **how.key_options())
+    options = how.value_options()
     if how.smooth_v:
         return query, key, ops.quantize_centered(v, **options)
     return query, key, (*ops.quantize(v, None, None, False, 0, 0, 1, False, **options), None)

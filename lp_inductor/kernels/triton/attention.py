@@ -10,14 +10,8 @@ from torch import Tensor
 
 from lp_inductor.kernels.triton.blocks import Blocks, choose_blocks, split_dim
 from lp_inductor.kernels.triton.rope import Rope, rope_arguments
-from lp_inductor.kernels.triton.sizes import (
-    KEY_BLOCK,
-    cdiv,
-    interpreted,
-    known,
-    padded_len,
-    shared_memory,
-)
+from lp_inductor.kernels.triton.sizes import cdiv, interpreted, known, padded_len, shared_memory
+from lp_inductor.quantization import TOKEN_BLOCK
 from lp_inductor.visibility import Visibility
 
 
@@ -161,7 +155,7 @@ def attention_triton(
         MASK=mask_kind, MASK_PER_ROW=visible.tensor is not None and not _one(visible.tensor, 2),
         Q_PER_ROW=_rank(q_descale) == 4 or (raw_query is not None and static_descales is None),
         K_BLOCK=_BLOCK_OF_RANK[_rank(k_descale)],
-        V_PER_CHANNEL=_rank(v_descale) == 4, V_BLOCK=KEY_BLOCK if _rank(v_descale) == 3 else 0,
+        V_PER_CHANNEL=_rank(v_descale) == 4, V_BLOCK=TOKEN_BLOCK if _rank(v_descale) == 3 else 0,
         GIVEN=static_descales is not None, QUANTIZE_Q=raw_query is not None,
         INT8=key.dtype == torch.int8, HADAMARD=raw.hadamard, **rope,
         HAS_MEAN=v_mean is not None, HAS_LSE=lse is not None,
@@ -173,7 +167,7 @@ def attention_triton(
 
 
 #: Keys that share a scale, by the number of dimensions of their scales; 0: all.
-_BLOCK_OF_RANK = {0: 0, 2: 0, 3: KEY_BLOCK, 4: 1}
+_BLOCK_OF_RANK = {0: 0, 2: 0, 3: TOKEN_BLOCK, 4: 1}
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

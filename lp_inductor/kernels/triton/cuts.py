@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lp_inductor.kernels.triton.sizes import KEY_BLOCK, interpreted, padded_lanes
+from lp_inductor.kernels.triton.sizes import interpreted, padded_lanes
+from lp_inductor.quantization import TOKEN_BLOCK
 
 if TYPE_CHECKING:
     from lp_inductor.kernels.triton.operands import Operands
@@ -59,15 +60,15 @@ def choose_cut(operands: Operands, two_passes: bool) -> Cut:
         1 if t is None else t.shape[1] for t in (operands.query, operands.key, operands.value)
     )
     if interpreted():
-        return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), KEY_BLOCK, 4)
+        return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), TOKEN_BLOCK, 4)
     if two_passes:
-        return Cut(_divisor(q_heads, 4), _divisor(k_heads, 4), 1, KEY_BLOCK, 8)
+        return Cut(_divisor(q_heads, 4), _divisor(k_heads, 4), 1, TOKEN_BLOCK, 8)
     if operands.value is None and _keeps_tables(operands):
-        return Cut(_divisor(q_heads, 8), _divisor(k_heads, 8), 1, KEY_BLOCK, 16, True, 3)
+        return Cut(_divisor(q_heads, 8), _divisor(k_heads, 8), 1, TOKEN_BLOCK, 16, True, 3)
     if operands.key is None and operands.query is None:
-        return Cut(1, 1, 1, KEY_BLOCK, 8)
+        return Cut(1, 1, 1, TOKEN_BLOCK, 8)
     q_together = 4 if operands.q_rope is not None else 1
-    return Cut(_divisor(q_heads, q_together), 1, 1, KEY_BLOCK, 16)
+    return Cut(_divisor(q_heads, q_together), 1, 1, TOKEN_BLOCK, 16)
 
 
 def _divisor(heads: int, most: int) -> int:

@@ -19,7 +19,8 @@ from lp_inductor.kernels.triton.operands import (
     quantize_per_head,
 )
 from lp_inductor.kernels.triton.rope import Rope
-from lp_inductor.kernels.triton.sizes import FP8, shared_memory
+from lp_inductor.kernels.triton.sizes import shared_memory
+from lp_inductor.quantization import FP8
 from lp_inductor.visibility import Visibility
 
 Granularity = Literal["per_block", "per_head"]

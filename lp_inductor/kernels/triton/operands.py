@@ -12,8 +12,6 @@ from torch import Tensor
 from lp_inductor.kernels.triton.cuts import Cut, choose_cut, parts_of
 from lp_inductor.kernels.triton.rope import Rope, rope_arguments
 from lp_inductor.kernels.triton.sizes import (
-    FP8,
-    KEY_BLOCK,
     cdiv,
     heads_first,
     interpreted,
@@ -21,6 +19,7 @@ from lp_inductor.kernels.triton.sizes import (
     padded_len,
     padded_row,
 )
+from lp_inductor.quantization import FP8, HADAMARD_DIMS, TOKEN_BLOCK
 
 #: What is done with the tiles of an operand: see :mod:`quantize_kernel`.
 ABSENT, AMAX, BLOCK, ROW, GIVEN, HEAD = range(6)
@@ -63,7 +62,7 @@ class Operands:
             (self.value, self.hadamard_v),
         ):  # fmt: skip
             dim = 16 if tensor is None else tensor.shape[-1]
-            if spread and (padded_lanes(dim) != dim or dim > 256):
+            if spread and dim not in HADAMARD_DIMS:
                 raise ValueError(f"head_dim {dim} is not a power of two from 16 to 256")
 
     @property
@@ -244,12 +243,12 @@ def _finish_statistics(
     dim = x.shape[3] if operands.value is None else operands.value.shape[3]
     query = operands.query
     q_rows = 0 if query is None else batch * (query.shape[1] // group)
-    q_blocks = 0 if query is None else cdiv(query.shape[2], KEY_BLOCK)
+    q_blocks = 0 if query is None else cdiv(query.shape[2], TOKEN_BLOCK)
     pointers = (*partials, out.q_descale, out.k_descale, out.v_descale, lost, out.v_mean)
     launch.finish_statistics(
         (q_rows + batch * kv_heads * (present[1] + present[2]),),
         *(x if t is None else t for t in pointers),
-        q_rows, batch * kv_heads, q_blocks, cdiv(tokens, KEY_BLOCK), tokens,
+        q_rows, batch * kv_heads, q_blocks, cdiv(tokens, TOKEN_BLOCK), tokens,
         DV=dim, DVP=padded_lanes(dim), GROUP=group, CHUNK=max(8, 4096 // padded_lanes(dim)),
         HAS_Q=present[0], HAS_K=present[1], HAS_V=present[2], LOST=lost is not None, num_warps=8,
     )  # fmt: skip
@@ -275,7 +274,12 @@ def _finish_means(
 
 def _entries(x: Tensor) -> Any:
     """Numbers kept for the blocks of a head: one more, so that no guard asks whether it is one."""
-    return cdiv(x.shape[2], KEY_BLOCK) + 1
+    return cdiv(x.shape[2], TOKEN_BLOCK) + 1
+
+
+def used_blocks(descale: Tensor, x: Tensor) -> Tensor:
+    """Scales of blocks, (batch, heads, blocks), without the one entry more that is not used."""
+    return descale[:, :, : cdiv(x.shape[2], TOKEN_BLOCK)]
 
 
 def _empty(x: Tensor | None, shape: Any) -> Tensor | None:
@@ -345,11 +349,11 @@ def _launch(
         for t, mode in zip((operands.query, operands.key, operands.value), modes, strict=True)
     )
     cut = cut or choose_cut(operands, AMAX in modes or HEAD in modes)
-    q_tokens = cut.q_tokens if q_mode in (ROW, GIVEN) else KEY_BLOCK
+    q_tokens = cut.q_tokens if q_mode in (ROW, GIVEN) else TOKEN_BLOCK
     programs = 0
     for mode, t, tile, together in (
-        (q_mode, query, q_tokens, cut.q_heads), (k_mode, key, KEY_BLOCK, cut.k_heads),
-        (v_mode, value, KEY_BLOCK, cut.v_heads),
+        (q_mode, query, q_tokens, cut.q_heads), (k_mode, key, TOKEN_BLOCK, cut.k_heads),
+        (v_mode, value, TOKEN_BLOCK, cut.v_heads),
     ):  # fmt: skip
         if mode != ABSENT:
             programs += cdiv(t.shape[2], tile) * (t.shape[1] // together)
@@ -370,7 +374,7 @@ def _launch(
         D=key.shape[3], DV=value.shape[3],
         DP=padded_lanes(key.shape[3]), DVP=padded_lanes(value.shape[3]),
         ROW_BYTES=padded_row(key.shape[3]), V_ROW_BYTES=padded_row(value.shape[3]),
-        Q_TILE=q_tokens, TILE=KEY_BLOCK,
+        Q_TILE=q_tokens, TILE=TOKEN_BLOCK,
         Q_HEADS=cut.q_heads, K_HEADS=cut.k_heads, V_HEADS=cut.v_heads,
         Q_HEADS_FIRST=heads_first(query), K_HEADS_FIRST=heads_first(key),
         V_HEADS_FIRST=heads_first(value),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lp_inductor import reference
 from lp_inductor.passes.result import Ok
-from lp_inductor.quantization import FP8, TOKEN_BLOCK
+from lp_inductor.quantization import FP8
 
 
 def quantize(
@@ -37,7 +37,12 @@ def quantize(
             x, cos, sin, interleaved, rope_start, rope_width, group_size, center,
             scales=scales, hadamard=hadamard, dtype=dtype, static_descale=static_descale,
         )  # fmt: skip
-    from lp_inductor.kernels.triton.operands import Operands, quantize_fine, quantize_per_head
+    from lp_inductor.kernels.triton.operands import (
+        Operands,
+        quantize_fine,
+        quantize_per_head,
+        used_blocks,
+    )
     from lp_inductor.kernels.triton.rope import Rope
 
     rope = None
@@ -60,7 +65,7 @@ def quantize(
     if descale is None:
         descale = _given(x, group_size, static_descale)
     elif scales == "block":
-        descale = descale[..., : -(-x.shape[2] // TOKEN_BLOCK)]  # without the unused one
+        descale = used_blocks(descale, x)
     return quantized, descale
 
 

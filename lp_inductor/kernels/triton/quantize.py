@@ -10,9 +10,11 @@ from lp_inductor.kernels.triton.operands import (
     Operands,
     quantize_fine,
     quantize_per_head,
+    used_blocks,
 )
 from lp_inductor.kernels.triton.rope import Rope
-from lp_inductor.kernels.triton.sizes import FP8, KEY_BLOCK, cdiv, known
+from lp_inductor.kernels.triton.sizes import known
+from lp_inductor.quantization import FP8
 
 __all__ = [
     "Rope",
@@ -126,7 +128,7 @@ def quantize_key_blocks(
     operands = Operands(key=x, k_rope=rope, hadamard_qk=hadamard)
     done = quantize_fine(operands, qk_dtype=dtype, center_key=center, cut=cut)
     key, descale = _pair(done.key, done.k_descale)
-    return key, descale if dtype == torch.int8 else _blocks(descale, x)
+    return key, descale if dtype == torch.int8 else used_blocks(descale, x)
 
 
 def quantize_value_blocks(
@@ -148,11 +150,7 @@ def quantize_value_blocks(
     operands = Operands(value=x, hadamard_v=hadamard)
     done = quantize_fine(operands, center_key=False, center_value=center, cut=cut)
     value, descale = _pair(done.value, done.v_descale)
-    return value, _blocks(descale, x), done.v_mean
-
-
-def _blocks(descale: Tensor, x: Tensor) -> Tensor:
-    return descale[:, :, : cdiv(x.shape[2], KEY_BLOCK)]
+    return value, used_blocks(descale, x), done.v_mean
 
 
 def _pair(x: Tensor | None, descale: Tensor | None) -> tuple[Tensor, Tensor]:

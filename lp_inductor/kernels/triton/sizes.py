@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-FP8 = torch.float8_e4m3fn
-#: Keys and values that share a scale where scales are finer than a head.
-KEY_BLOCK = 128
 #: Keys per vector of a transposed value: its rows are padded to a multiple of this.
 KEY_PADDING = 16
 #: Bytes of a row of a quantised query or key: 16-byte copies need it to be a multiple.
