@@ -4,7 +4,7 @@
 
 The rival is the rotation under torch.compile and the fastest of FlashAttention-2, cuDNN and, where
 installed, FA3. Milliseconds, batch 1, 32 heads; in a CUDA graph but for the longest. "triton" is
-our whole layer with scales a row and 128 tokens, "per head" with one a head, "int8" with scores in
+our whole layer with a scale a head, "per block" with one for 128 tokens, "int8" with scores in
 INT8. "fa3 fp8" is our quantisation, one scale a head, in front of FA3. ``--ours`` names those to
 measure. FlashAttention-2, never the fastest on Hopper, is left out of the longest calls. The file
 is written as the sweep goes; with ``--seconds`` it ends after that long.
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from benchmarks import gpu
 from benchmarks.attention_speed import HEADS, LENGTHS, Runs, sdpa
+from lp_inductor.kernels.flash import add_mean
 from lp_inductor.kernels.triton.layer import attention_layer
 from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
-from lp_inductor.kernels.triton.quantize import Rope
+from lp_inductor.kernels.triton.rope import Rope
 from lp_inductor.visibility import Visibility
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -32,7 +33,7 @@ Tensors = tuple[Tensor, Tensor, Tensor]
 #: How our layer is asked, by name.
 OURS: dict[str, dict[str, Any]] = {
     "triton": {},
-    "triton per head": {"granularity": "per_head"},
+    "triton per block": {"granularity": "per_block"},
     "triton int8": {"qk_dtype": torch.int8},
 }
 
@@ -65,8 +66,7 @@ def fa3_fp8(operands: Tensors, rope: Rope, causal: bool) -> Any:
             q_descale=done.q_descale, k_descale=done.k_descale, v_descale=done.v_descale,
         )  # fmt: skip
         assert done.v_mean is not None
-        mean = done.v_mean.repeat_interleave(group, 1).transpose(1, 2).to(out.dtype)
-        return out.add_(mean)
+        return add_mean(out, done.v_mean, out.dtype)
 
     return run
 

@@ -21,6 +21,7 @@ from tests.kernels.cases import (
     expected,
     operands,
 )
+from tests.kernels.one_operand import quantize_triton, quantize_value_triton
 from tests.kernels.quantize_checks import (
     LAYERS,
     Layer,
@@ -28,6 +29,7 @@ from tests.kernels.quantize_checks import (
     check_layer,
     check_per_head,
     check_rows,
+    check_settled,
     check_value,
     check_value_blocks,
     longer,
@@ -65,8 +67,14 @@ def test_attention_matches_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: r.name)
 @pytest.mark.parametrize("tokens", [300, 4096])
 def test_per_head_scales(rotation: Rotation, tokens: int) -> None:
-    """FP8 bytes as the reference has them, but for ties."""
+    """FP8 bytes as the definition has them, but for ties."""
     check_per_head(rotation, tokens, CUDA)
+
+
+@pytest.mark.parametrize("tokens", [399, 5000, 131000])
+def test_guesses_that_do_not_hold(tokens: int) -> None:
+    """What the sample did not show is found, and the head rounded again."""
+    check_settled(tokens, CUDA)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: r.name)
@@ -133,7 +141,6 @@ def test_nan_stays_in_its_row() -> None:
 def test_accuracy_does_not_depend_on_length(tokens: int) -> None:
     """Values of mean one: sums of many terms of one sign do not lose their bits."""
     from lp_inductor.kernels.triton.attention import attention_triton
-    from lp_inductor.kernels.triton.quantize import quantize_triton, quantize_value_triton
 
     query, key, value = (torch.randn(1, 1, tokens, 128, device=CUDA) for _ in range(3))
     value += 1
@@ -154,11 +161,11 @@ def test_accuracy_does_not_depend_on_length(tokens: int) -> None:
     "options",
     [
         {},
-        {"raw_query": True, "hadamard_qk": True},
-        {"granularity": "per_head"},
+        {"hadamard_qk": True, "hadamard_v": True},
+        {"granularity": "per_block"},
         {"qk_dtype": torch.int8},
     ],
-    ids=["block", "raw", "head", "int8"],
+    ids=["head", "hadamard", "block", "int8"],
 )
 def test_inside_a_triton_op(dynamic: bool, options: dict[str, Any]) -> None:
     """Traced into a graph by torch.compile, a layer computes the same."""

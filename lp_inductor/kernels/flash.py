@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lp_inductor.kernels.base import Kernel, MaskPart, Visibility
+from lp_inductor.passes.result import Ok
 
 #: Bytes that the tensor memory accelerator wants strides and addresses to be multiples of.
 _ALIGNMENT = 16
@@ -144,7 +145,7 @@ class FlashKernel(Kernel):
         )  # fmt: skip
         out = self.forward(*operands, q_descale, k_descale, v_descale, scale=scale, window=window)
         if v_mean is not None:
-            out = _add_mean(out, v_mean, out_dtype)
+            out = add_mean(out, v_mean, out_dtype)
         elif out.dtype != out_dtype:
             out = out.to(out_dtype)
         if window.rows != (0, query_len):
@@ -164,13 +165,24 @@ def _operand(x: Tensor, tokens: tuple[int, int]) -> Tensor:
     return x if aligned and last == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
+def add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Add (batch, kv_heads, 1, dim), float32, to (batch, tokens, heads, dim), bfloat16.
 
     Added in float32 and rounded once, in one pass; in place where the dtypes allow it.
     """
-    batch, kv_heads, _, dim = mean.shape
     result = out if out.dtype == out_dtype else torch.empty_like(out, dtype=out_dtype)
+    if _has_triton(out.device) and all(t.is_contiguous() for t in (out, mean, result)):
+        from lp_inductor.kernels.triton.mean import add_means
+
+        add_means(out, mean, result)
+        return result
+    batch, kv_heads, _, dim = mean.shape
     mean = mean.reshape(batch, 1, kv_heads, 1, dim)
     torch.add(out.unflatten(2, (kv_heads, -1)), mean, out=result.unflatten(2, (kv_heads, -1)))
     return result
+
+
+def _has_triton(device: torch.device) -> bool:
+    from lp_inductor.kernels.triton.kernel import TritonKernel
+
+    return isinstance(TritonKernel().availability(device), Ok)

@@ -19,16 +19,6 @@ def test_layer(layer: Layer) -> None:
     assert got.transpose(1, 2).is_contiguous()
 
 
-def test_raw_queries_that_do_not_fit() -> None:
-    """A row that finds no room in the result's is refused, not cut off."""
-    from lp_inductor.kernels.triton.layer import attention_layer
-
-    query, value = torch.randn(1, 1, 8, 128), torch.randn(1, 1, 8, 32)
-    with pytest.raises(ValueError, match="does not quantise queries of head_dim 128"):
-        attention_layer(query, query, value, raw_query=True)
-    attention_layer(query, query, value)
-
-
 def outliers(tokens: int, heads: int) -> list[torch.Tensor]:
     """N(0, 1) + N(0, 100) * Bernoulli(0.001)."""
     return [
@@ -51,9 +41,6 @@ def test_finer_steps_help_with_outliers() -> None:
         out = attention_layer(query, key, value, out_dtype=torch.float32, **options)  # type: ignore[arg-type]
         return float((out - want).square().mean().sqrt())
 
-    head = rmse(granularity="per_head")
-    block, spread = rmse(), rmse(hadamard_qk=True)
-    int8 = rmse(qk_dtype=torch.int8, hadamard_qk=True)
-    assert int8 < 0.8 * spread
-    assert spread < 0.9 * head
-    assert block < head
+    plain, spread = rmse(), rmse(hadamard_qk=True)
+    assert rmse(qk_dtype=torch.int8, hadamard_qk=True) < 0.8 * spread
+    assert spread < 0.9 * plain

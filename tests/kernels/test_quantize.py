@@ -7,12 +7,19 @@ import torch
 
 from tests.helpers import sqnr
 from tests.kernels.cases import INTERPRETED, ROTATIONS, Rotation
+from tests.kernels.one_operand import (
+    quantize_rows,
+    quantize_triton,
+    quantize_value_blocks,
+    quantize_value_triton,
+)
 from tests.kernels.quantize_checks import (
     MIN_DB,
     by_token,
     check_key_blocks,
     check_per_head,
     check_rows,
+    check_settled,
     check_value,
     check_value_blocks,
     hadamard,
@@ -30,6 +37,12 @@ def test_per_head(rotation: Rotation) -> None:
     check_per_head(rotation, 70, CPU)
 
 
+@pytest.mark.parametrize("tokens", [258, 399])
+def test_guesses_that_do_not_hold(tokens: int) -> None:
+    """What the sample did not show is found, and the head rounded again."""
+    check_settled(tokens, CPU)
+
+
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: r.name)
 def test_rows(rotation: Rotation) -> None:
     """One scale a row."""
@@ -45,7 +58,7 @@ def test_key_blocks(rotation: Rotation) -> None:
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value(shape: tuple[int, ...], transpose: bool) -> None:
-    """One scale a head, the mean over all tokens."""
+    """One scale a head."""
     check_value(shape, CPU, transpose)
 
 
@@ -60,8 +73,6 @@ def test_value_blocks(shape: tuple[int, ...], center: bool) -> None:
 @pytest.mark.parametrize("dim", [16, 64, 256])
 def test_hadamard_is_an_orthogonal_matrix(dim: int, dtype: torch.dtype) -> None:
     """What is rounded is x times Sylvester's matrix over the root of its size."""
-    from lp_inductor.kernels.triton.quantize import quantize_rows
-
     x = torch.randn(1, 2, 40, dim)
     got, descale = quantize_rows(x, hadamard=True, dtype=dtype)
     assert sqnr(got.float() * descale, x @ hadamard(dim, CPU)) > MIN_DB[dtype]
@@ -69,8 +80,6 @@ def test_hadamard_is_an_orthogonal_matrix(dim: int, dtype: torch.dtype) -> None:
 
 def test_hadamard_of_values() -> None:
     """Mean and values come back in the transformed lanes."""
-    from lp_inductor.kernels.triton.quantize import quantize_value_blocks
-
     x = torch.randn(1, 2, 70, 64) + 1
     got, descale, mean = quantize_value_blocks(x, center=True, hadamard=True)
     assert mean is not None
@@ -81,8 +90,6 @@ def test_hadamard_of_values() -> None:
 @pytest.mark.parametrize("dim", [40, 96])
 def test_hadamard_needs_a_power_of_two(dim: int) -> None:
     """There is no such matrix of other sizes here."""
-    from lp_inductor.kernels.triton.quantize import quantize_rows, quantize_value_blocks
-
     with pytest.raises(ValueError, match=f"head_dim {dim} is not a power of two"):
         quantize_rows(torch.zeros(1, 1, 8, dim), hadamard=True)
     with pytest.raises(ValueError, match=f"head_dim {dim} is not a power of two"):
@@ -114,8 +121,6 @@ def test_static_scales_clamp() -> None:
 
 def test_strided_input() -> None:
     """An element stride other than one, and a broadcast batch."""
-    from lp_inductor.kernels.triton.quantize import quantize_triton
-
     x = torch.randn(1, 4, 64, 50).mT.expand(2, -1, -1, -1)
     got, descale = quantize_triton(x, group_size=2)
     want, want_descale = quantize_triton(x.contiguous(), group_size=2)
@@ -125,12 +130,6 @@ def test_strided_input() -> None:
 
 def test_all_zeros() -> None:
     """A head of zeros has scale one, and no NaN."""
-    from lp_inductor.kernels.triton.quantize import (
-        quantize_rows,
-        quantize_triton,
-        quantize_value_triton,
-    )
-
     x = torch.zeros(1, 2, 20, 32)
     for quantize in (quantize_triton, quantize_rows):
         got, descale = quantize(x)
@@ -144,8 +143,6 @@ def test_all_zeros() -> None:
 
 def test_nan_stays() -> None:
     """In INT8, which has none, the scale of its row carries it."""
-    from lp_inductor.kernels.triton.quantize import quantize_rows
-
     x = torch.randn(1, 1, 20, 32)
     x[0, 0, 3, 7] = torch.nan
     _, descale = quantize_rows(x, dtype=torch.int8)
@@ -154,7 +151,5 @@ def test_nan_stays() -> None:
 
 def test_centred_heads_share_no_scale() -> None:
     """Keys have one scale each; asking for both is an error."""
-    from lp_inductor.kernels.triton.quantize import quantize_triton
-
     with pytest.raises(ValueError, match="do not share scales"):
         quantize_triton(torch.zeros(1, 2, 20, 32), group_size=2, center=True)

@@ -128,9 +128,8 @@ def test_a_site_is_one_quantisation_and_one_attention(hopper: None, way: str) ->
     graph = lowered(model)
     counts = launches(graph)
     assert counts.pop("attention_forward") == 1
-    assert set(counts) <= {
-        "sample_means", "quantize_operands", "finish_means", "finish_statistics", "transform_means",
-    }  # fmt: skip
+    assert set(counts) <= {"sample_operands", "quantize_operands", "transform_means"}
+    assert counts["quantize_operands"] in (2, 3)
     assert not any(str(n.target).startswith("aten.amax") for n in graph.nodes)
 
 
@@ -178,7 +177,7 @@ def test_quantisation_for_other_kernels(hopper: None, kernel: str) -> None:
     graph = lowered(model)
     counts = launches(graph)
     assert counts.pop("lp_inductor.sdpa_quantized.default") == 1
-    assert counts["quantize_operands"] == 2 and "attention_forward" not in counts
+    assert counts == {"sample_operands": 1, "quantize_operands": 2}
     (call,) = (n for n in graph.nodes if n.target is ops.sdpa_quantized)
     value = call.args[2].meta["val"]
     assert value.shape == (1, 2, 200, 32) and value.stride(3) == 1

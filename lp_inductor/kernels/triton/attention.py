@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lp_inductor.kernels.triton.blocks import Blocks, choose_blocks, split_dim
-from lp_inductor.kernels.triton.rope import Rope, rope_arguments
 from lp_inductor.kernels.triton.sizes import cdiv, interpreted, known, padded_len, shared_memory
 from lp_inductor.quantization import TOKEN_BLOCK
 from lp_inductor.visibility import Visibility
-
-
-@dataclass(frozen=True)
-class RawQuery:
-    """How the attention kernel quantises a query that comes as it is.
-
-    Attributes:
-        rope: the rotation before it; None: none.
-        hadamard: multiply every row by a Hadamard matrix over head_dim ** 0.5, as the key was.
-    """
-
-    rope: Rope | None = None
-    hadamard: bool = False
-
-
-def takes_raw_query(head_dim: int, value_head_dim: int, out_dtype: torch.dtype) -> bool:
-    """Whether the kernel can quantise queries itself: a row and its scale fit into the result's."""
-    whole = split_dim(head_dim) == (head_dim, 0)
-    row = value_head_dim * out_dtype.itemsize
-    return whole and row >= head_dim + 4 and row % 4 == 0
 
 
 def transpose_value(value: Tensor) -> Tensor:
@@ -69,7 +47,6 @@ def attention_triton(
     visible: Visibility | None = None,
     scale: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    raw_query: RawQuery | None = None,
     static_descales: tuple[float, float, float] | None = None,
     blocks: Blocks | None = None,
     return_lse: bool = False,
@@ -81,13 +58,13 @@ def attention_triton(
 
     Args:
         query: (batch, heads, query_tokens, head_dim), float8_e4m3fn or int8; stride 1 along
-            head_dim. With ``raw_query`` float32, bfloat16 or float16, any strides.
+            head_dim.
         key: (batch, kv_heads, key_tokens, head_dim), quantised as the query; stride 1 along
             head_dim; kv_heads divides heads.
         value_t: (batch, kv_heads, value_head_dim, padded key_tokens), float8_e4m3fn, as
             :func:`transpose_value` and the quantisation kernels make it.
         q_descale: float32, (batch, kv_heads) or (batch, heads, query_tokens, 1); None with
-            ``raw_query`` or ``static_descales``.
+            ``static_descales``.
         k_descale: float32, (batch, kv_heads), (batch, kv_heads, blocks) or (batch, kv_heads,
             key_tokens, 1); None with ``static_descales``.
         v_descale: float32, (batch, kv_heads), (batch, kv_heads, blocks) or (batch, kv_heads, 1,
@@ -97,7 +74,6 @@ def attention_triton(
         visible: which keys each query sees; None: all.
         scale: of the scores; None: head_dim ** -0.5.
         out_dtype: bfloat16, float16 or float32.
-        raw_query: quantise the query in this kernel; see :func:`takes_raw_query`.
         static_descales: one scale for all of the query, the key and the value each.
         blocks: the kernel's tiles; None: as measured best.
         return_lse: also return the logarithm of the sum of the exponentials of every row.
@@ -111,8 +87,6 @@ def attention_triton(
     kv_heads, key_len, dim_v = key.shape[1], key.shape[2], value_t.shape[2]
     visible = visible or Visibility()
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if raw_query is not None and not takes_raw_query(head_dim, dim_v, out_dtype):
-        raise ValueError(f"the kernel does not quantise queries of head_dim {head_dim}")
     if blocks is None:
         blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
     storage = query.new_empty((batch, query_len, heads, dim_v), dtype=out_dtype)
@@ -124,8 +98,6 @@ def attention_triton(
     mask, mask_kind, mask_strides = _mask_arguments(visible.tensor)
     d0, d1 = split_dim(head_dim)
     dv0, dv1 = split_dim(dim_v)
-    raw = raw_query or RawQuery()
-    tables, table_strides, rope = rope_arguments(raw.rope, query)
     given = static_descales or (1.0, 1.0, 1.0)
     mean_strides = (0, 0, 0)
     if v_mean is not None:
@@ -139,25 +111,22 @@ def attention_triton(
     launch.attention_forward(
         (cdiv(query_len, blocks.queries) * heads * batch,),
         query, key, value_t, storage, _or(lse, key), _or(mask, key),
-        _or(q_descale, key), _or(k_descale, key), _or(v_descale, key), _or(v_mean, key), *tables,
-        *query.stride(), *key.stride()[:3], *value_t.stride()[:3],
+        _or(q_descale, key), _or(k_descale, key), _or(v_descale, key), _or(v_mean, key),
+        *query.stride()[:3], *key.stride()[:3], *value_t.stride()[:3],
         query_len * heads * dim_v, dim_v, heads * dim_v,
         *((heads * query_len, query_len) if lse is not None else (0, 0)), *mask_strides,
         *_descale_strides(q_descale), *_descale_strides(k_descale), *_descale_strides(v_descale),
-        *mean_strides, *table_strides,
-        heads, query_len, key_len, scale * given[0] * given[1], lower, upper, chunk,
-        1.0 / given[0], given[2],
+        *mean_strides,
+        heads, query_len, key_len, scale * given[0] * given[1], lower, upper, chunk, given[2],
         GROUP=heads // kv_heads, Q_SCALE_GROUP=1 if _rank(q_descale) == 4 else heads // kv_heads,
         D=head_dim, D0=d0, D1=d1, DV=dim_v, DV0=dv0, DV1=dv1,
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
         LOWER=visible.lower is not None, UPPER=visible.upper is not None,
         CHUNK=visible.chunk is not None,
         MASK=mask_kind, MASK_PER_ROW=visible.tensor is not None and not _one(visible.tensor, 2),
-        Q_PER_ROW=_rank(q_descale) == 4 or (raw_query is not None and static_descales is None),
-        K_BLOCK=_BLOCK_OF_RANK[_rank(k_descale)],
+        Q_PER_ROW=_rank(q_descale) == 4, K_BLOCK=_BLOCK_OF_RANK[_rank(k_descale)],
         V_PER_CHANNEL=_rank(v_descale) == 4, V_BLOCK=TOKEN_BLOCK if _rank(v_descale) == 3 else 0,
-        GIVEN=static_descales is not None, QUANTIZE_Q=raw_query is not None,
-        INT8=key.dtype == torch.int8, HADAMARD=raw.hadamard, **rope,
+        GIVEN=static_descales is not None,
         HAS_MEAN=v_mean is not None, HAS_LSE=lse is not None,
         PRESCALE=mask_kind == 2 or scale <= 0.0,
         TWO_LEVEL=blocks.two_level, NUM_STAGES=blocks.stages, INTERPRET=interpreted(),

@@ -12,9 +12,8 @@ registers that the next product wants its probabilities in (:func:`key_order`).
 
 Head sizes that are no power of two are split into two parts that are: 96 = 64 + 32.
 
-The query may come as it is: then the program rotates and quantises its rows itself, each with a
-scale of its own, and no pass over the query is needed before. Query and key may be INT8 instead of
-FP8: scores then lose a tenth of the precision, at one conversion more for each.
+Query and key may be INT8 instead of FP8: scores then lose a tenth of the precision, at one
+conversion more for each.
 """
 
 from __future__ import annotations
@@ -32,16 +31,7 @@ from lp_inductor.kernels.triton.attention_tiles import (
     schedule,
     to_key_order,
 )
-from lp_inductor.kernels.triton.head_tiles import (
-    descale_of,
-    load_halves,
-    load_tables,
-    round_to,
-    round_to_fp8,
-    rows_amax,
-    spread,
-    whole_rows,
-)
+from lp_inductor.kernels.triton.head_tiles import round_to_fp8
 
 #: Probabilities are scaled by 2**8 before they are rounded to FP8, whose smallest normal number is
 #: 2**-6 and whose largest is 448: what is 2**-14 of the row's largest keeps full precision.
@@ -184,68 +174,6 @@ def _load_query(
 
 
 @triton.jit
-def _quantize_query(
-    q_ptr, cos_ptr, sin_ptr, rows, query_len, stride_qm, stride_qd,
-    stride_cs, stride_cd, stride_ss, stride_sd, inverse,
-    D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    GIVEN: tl.constexpr, HADAMARD: tl.constexpr, INT8: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """The tile of queries, rotated and rounded with a scale a row, or with the one GIVEN."""
-    exists = (rows < query_len)[:, None]
-    low_cos = 1.0
-    low_sin = 0.0
-    high_cos = 1.0
-    high_sin = 0.0
-    if ROPE != 0:
-        low_cos, low_sin, high_cos, high_sin = load_tables(
-            cos_ptr, sin_ptr, exists, stride_cs, stride_cd, stride_ss, stride_sd,
-            D, BLOCK_M, ROPE, START, WIDTH, TABLE,
-        )  # fmt: skip
-    low, high = load_halves(
-        q_ptr, low_cos, low_sin, high_cos, high_sin, exists, stride_qm, stride_qd,
-        D, D, BLOCK_M, ROPE, START, WIDTH,
-    )  # fmt: skip
-    if HADAMARD:
-        low, high = spread(low, high, D, BLOCK_M, INTERPRET)
-    if GIVEN:
-        descale = 1.0
-    else:
-        descale = descale_of(rows_amax(low, high, INT8), INT8)
-        inverse = (1.0 / descale)[:, None]
-    low8 = round_to(low * inverse, INT8, INTERPRET)
-    high8 = round_to(high * inverse, INT8, INTERPRET)
-    return whole_rows(low8, high8, D, BLOCK_M, ROPE), descale
-
-
-@triton.jit
-def _by_way_of_memory(
-    q, descale, out_ptr, stride_om, rows, query_len, D: tl.constexpr, GIVEN: tl.constexpr
-):
-    """Store the rows and their scales where the result will be, and load them from there.
-
-    Of an operand that was computed, Triton feeds every product from registers, and converts the
-    layout of the scales in every step; both take 6 % of the time. What is loaded, it keeps in
-    shared memory and in the layout of the scores.
-    """
-    OUT_BYTES: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth // 8
-    exist = rows < query_len
-    offsets = rows.to(tl.int64) * (stride_om * OUT_BYTES)
-    place = out_ptr.to(tl.pointer_type(q.dtype), bitcast=True)
-    place += offsets[:, None] + tl.arange(0, D)[None, :]
-    scales = (out_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + (offsets + D)).to(
-        tl.pointer_type(tl.float32), bitcast=True
-    )
-    tl.store(place, q, mask=exist[:, None])
-    if not GIVEN:
-        tl.store(scales, descale, mask=exist)
-    tl.debug_barrier()
-    if not GIVEN:
-        descale = tl.load(scales, mask=exist, other=0.0)
-    return tl.load(place, mask=exist[:, None], other=0.0), descale
-
-
-@triton.jit
 def _store_output(
     acc, row_sum, out_ptr, v_scale, v_descale_ptr, v_mean_ptr, stride_om, stride_vsd, stride_vmd,
     rows, query_len, FIRST: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr,
@@ -275,7 +203,7 @@ def _store_output(
 #: in tiles are none of them: that they are multiples of 16 is what lets loads be wide.
 _ANY_VALUE = [
     "stride_lb", "stride_lh", "stride_qsb", "stride_qsh", "stride_qsm", "stride_ksb", "stride_ksh",
-    "q_inverse", "v_given", "stride_ksn",
+    "v_given", "stride_ksn",
     "stride_vsb", "stride_vsh", "stride_vsd", "stride_vmb", "stride_vmh",
     "stride_vmd",
     "heads", "query_len", "key_len", "scale", "lower", "upper", "chunk",
@@ -285,8 +213,8 @@ _ANY_VALUE = [
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr,
-    q_descale_ptr, k_descale_ptr, v_descale_ptr, v_mean_ptr, cos_ptr, sin_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd,
+    q_descale_ptr, k_descale_ptr, v_descale_ptr, v_mean_ptr,
+    stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vd,
     stride_ob, stride_oh, stride_om,
@@ -296,9 +224,7 @@ def attention_forward(
     stride_ksb, stride_ksh, stride_ksn,
     stride_vsb, stride_vsh, stride_vsd,
     stride_vmb, stride_vmh, stride_vmd,
-    stride_cb, stride_ch, stride_cs, stride_cd,
-    stride_sb, stride_sh, stride_ss, stride_sd,
-    heads, query_len, key_len, scale, lower, upper, chunk, q_inverse, v_given,
+    heads, query_len, key_len, scale, lower, upper, chunk, v_given,
     GROUP: tl.constexpr, Q_SCALE_GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
@@ -307,17 +233,14 @@ def attention_forward(
     MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr,
     Q_PER_ROW: tl.constexpr, K_BLOCK: tl.constexpr,
     V_PER_CHANNEL: tl.constexpr, V_BLOCK: tl.constexpr, GIVEN: tl.constexpr,
-    QUANTIZE_Q: tl.constexpr, INT8: tl.constexpr, HADAMARD: tl.constexpr,
-    ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_LSE: tl.constexpr, PRESCALE: tl.constexpr, TWO_LEVEL: tl.constexpr,
     NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_M queries of one head; grid (query tiles * heads * batch,).
 
     Every operand has stride 1 along its last dimension, which for ``v_ptr`` is the keys. ``GROUP``
-    query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query. With
-    QUANTIZE_Q the query, of any strides, is rotated and quantised here. With GIVEN no scale is
-    read: that of query and key is part of ``scale``, that of the value is ``v_given``.
+    query heads share one key and value head, ``Q_SCALE_GROUP`` one scale of the query. With GIVEN
+    no scale is read: that of query and key is part of ``scale``, that of the value is ``v_given``.
     """
     # Sizes that a compiler knows may arrive as constants, and bounds as 64-bit integers.
     query_len = tl.cast(query_len, tl.int32)
@@ -340,27 +263,13 @@ def attention_forward(
     q_descale_ptr += batch * stride_qsb + head // Q_SCALE_GROUP * stride_qsh
     k_descale_ptr += batch * stride_ksb + kv_head * stride_ksh
 
-    if QUANTIZE_Q:
-        q0, q_descale = _quantize_query(
-            q_ptr + row0.to(tl.int64) * stride_qm,
-            cos_ptr + (batch * stride_cb + head * stride_ch + row0.to(tl.int64) * stride_cs),
-            sin_ptr + (batch * stride_sb + head * stride_sh + row0.to(tl.int64) * stride_ss),
-            rows, query_len, stride_qm, stride_qd,
-            stride_cs, stride_cd, stride_ss, stride_sd, tl.cast(q_inverse, tl.float32),
-            D, BLOCK_M, ROPE, START, WIDTH, TABLE, GIVEN, HADAMARD, INT8, INTERPRET,
-        )  # fmt: skip
-        q0, q_descale = _by_way_of_memory(
-            q0, q_descale, out_ptr + batch * stride_ob + head * stride_oh, stride_om, rows,
-            query_len, D, GIVEN,
-        )  # fmt: skip
+    q0 = _load_query(q_ptr, stride_qm, rows, query_len, 0, D0, D)
+    if GIVEN:
+        q_descale = 1.0
+    elif Q_PER_ROW:
+        q_descale = tl.load(q_descale_ptr + rows * stride_qsm, mask=rows < query_len, other=0.0)
     else:
-        q0 = _load_query(q_ptr, stride_qm, rows, query_len, 0, D0, D)
-        if GIVEN:
-            q_descale = 1.0
-        elif Q_PER_ROW:
-            q_descale = tl.load(q_descale_ptr + rows * stride_qsm, mask=rows < query_len, other=0.0)
-        else:
-            q_descale = tl.load(q_descale_ptr)
+        q_descale = tl.load(q_descale_ptr)
     q1 = q0
     if D1 > 0:
         q1 = _load_query(q_ptr, stride_qm, rows, query_len, D0, D1, D)

@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the operands are cut: heads that a program goes through, tokens of a query's tile.
+    """How the operands are cut: heads that a program goes through, tokens of a tile.
 
     ``keep``: the rotation's tables stay in registers from head to head. ``stages``: heads whose
     loads are under way at a time.
     """
 
-    q_heads: int
-    k_heads: int
-    v_heads: int
-    q_tokens: int
-    warps: int
+    q_heads: int = 1
+    k_heads: int = 1
+    v_heads: int = 1
+    q_tokens: int = TOKEN_BLOCK
+    k_tokens: int = TOKEN_BLOCK
+    v_tokens: int = TOKEN_BLOCK
+    warps: int = 4
     keep: bool = False
     stages: int = 1
 
 
-def parts_of(operands: Operands) -> list[Operands]:
+def parts_of(operands: Operands, transpose: bool = True) -> list[Operands]:
     """What goes into one launch each.
 
-    Where there are many heads that share the rotation's tables, key and query keep those in
-    registers while the next heads are on their way; the value would have to wait for room beside
-    them. Few heads are better spread over many programs.
+    A value that is stored transposed waits for nothing that the others need; one that is not, is so
+    quick beside them that a launch of its own does not pay.
     """
-    if operands.value is None or not _keeps_tables(operands):
+    alone = operands.key is None and operands.query is None
+    if operands.value is None or alone or not transpose:
         return [operands]
     return [
         replace(operands, value=None),
@@ -44,31 +46,35 @@ def parts_of(operands: Operands) -> list[Operands]:
     ]
 
 
-def _keeps_tables(operands: Operands) -> bool:
-    x, rope = operands.key, operands.k_rope
-    if x is None:
-        x, rope = operands.query, operands.q_rope
-    if x is None or rope is None or rope.per_head:
-        return False
-    # Two tiles under way must fit into 99 KiB of shared memory, which is all that Ada has.
-    return x.shape[1] % 16 == 0 and padded_lanes(x.shape[3]) * x.element_size() <= 256
+def choose_cut(operands: Operands, blocks: bool) -> Cut:
+    """As measured best on an H200.
 
+    Heads that share the rotation's tables are gone through by one program, which keeps those in
+    registers while the next heads are on their way.
 
-def choose_cut(operands: Operands, two_passes: bool) -> Cut:
-    """As measured best on an H200."""
+    Args:
+        operands: those to quantise.
+        blocks: some have a scale for a block of tokens, which is then their tile.
+    """
     q_heads, k_heads, v_heads = (
         1 if t is None else t.shape[1] for t in (operands.query, operands.key, operands.value)
     )
     if interpreted():
-        return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2), TOKEN_BLOCK, 4)
-    if two_passes:
-        return Cut(_divisor(q_heads, 4), _divisor(k_heads, 4), 1, TOKEN_BLOCK, 8)
-    if operands.value is None and _keeps_tables(operands):
-        return Cut(_divisor(q_heads, 8), _divisor(k_heads, 8), 1, TOKEN_BLOCK, 16, True, 3)
-    if operands.key is None and operands.query is None:
-        return Cut(1, 1, 1, TOKEN_BLOCK, 8)
-    q_together = 4 if operands.q_rope is not None else 1
-    return Cut(_divisor(q_heads, q_together), 1, 1, TOKEN_BLOCK, 16)
+        return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2))
+    q_together, k_together = (
+        1 if rope is None or rope.per_head else _divisor(heads, 8)
+        for rope, heads in ((operands.q_rope, q_heads), (operands.k_rope, k_heads))
+    )
+    alone = operands.key is None and operands.query is None
+    if not blocks:
+        warps = 2 if operands.value is None else 4
+        return Cut(
+            q_together, k_together, 1, 32, 32, 64, warps, keep=True, stages=1 if alone else 3
+        )
+    # Two tiles under way must fit into 99 KiB of shared memory, which is all that Ada has.
+    x = operands.any
+    fits = padded_lanes(x.shape[3]) * x.element_size() <= 256
+    return Cut(q_together, k_together, warps=8 if alone else 16, keep=fits, stages=3 if fits else 1)
 
 
 def _divisor(heads: int, most: int) -> int:

@@ -26,7 +26,7 @@ class TritonKernel(Kernel):
     """
 
     name = "triton"
-    granularities = ("per_block", "per_head")
+    granularities = ("per_head", "per_block")
     qk_dtypes = frozenset({torch.float8_e4m3fn, torch.int8})
     measured_as = "triton"
     masks = frozenset(MaskPart)

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from triton import JITFunction
 
-from lp_inductor.kernels.triton import attention_kernel, quantize_kernel, statistics_kernel
+from lp_inductor.kernels.triton import (
+    attention_kernel,
+    mean_kernel,
+    quantize_kernel,
+    sample_kernel,
+)
 
 
 def _starter(kernel: Any) -> Callable[..., None]:
@@ -40,7 +45,6 @@ def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[objec
 
 attention_forward = _starter(attention_kernel.attention_forward)
 quantize_operands = _starter(quantize_kernel.quantize_operands)
-sample_means = _starter(statistics_kernel.sample_means)
-finish_means = _starter(statistics_kernel.finish_means)
-finish_statistics = _starter(statistics_kernel.finish_statistics)
-transform_means = _starter(statistics_kernel.transform_means)
+sample_operands = _starter(sample_kernel.sample_operands)
+transform_means = _starter(sample_kernel.transform_means)
+add_means = _starter(mean_kernel.add_means)

@@ -7,14 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lp_inductor.kernels.triton.attention import RawQuery, attention_triton, takes_raw_query
+from lp_inductor.kernels.triton.attention import attention_triton
 from lp_inductor.kernels.triton.blocks import choose_blocks
 from lp_inductor.kernels.triton.cuts import Cut
 from lp_inductor.kernels.triton.operands import (
-    ALL_TOKENS,
-    VALUE_SAMPLES,
+    LARGE_VALUE_SHARE,
+    VALUE_SHARE,
     Operands,
-    Quantized,
     quantize_fine,
     quantize_per_head,
 )
@@ -33,7 +32,7 @@ def attention_layer(
     *,
     q_rope: Rope | None = None,
     k_rope: Rope | None = None,
-    granularity: Granularity = "per_block",
+    granularity: Granularity = "per_head",
     qk_dtype: torch.dtype = FP8,
     hadamard_qk: bool = False,
     hadamard_v: bool = False,
@@ -43,15 +42,14 @@ def attention_layer(
     visible: Visibility | None = None,
     scale: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    raw_query: bool | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
     """FP8 attention of operands in bfloat16, float16 or float32, of any strides.
 
-    "per_block": a query has a scale a row, keys and values one for 128 tokens. "per_head": all have
-    one a key/value head, which takes a second pass over them. With int8 query and key have a scale
-    a row, and the value one for 128 tokens, whatever the granularity. No size is looked at in a way
-    that would bind a traced graph to it.
+    A query has a scale a row. "per_head": keys and values have one a head, which attends fastest.
+    "per_block": one for 128 tokens. With int8 query and key have a scale a row, and the value one
+    for 128 tokens, whatever the granularity. No size is looked at in a way that would bind a traced
+    graph to it.
 
     Args:
         query: (batch, heads, query_tokens, head_dim); head_dim up to 256.
@@ -68,15 +66,14 @@ def attention_layer(
             own inverse. value_head_dim is a power of two from 16 to 256.
         center_key: subtract a constant from every channel of the key.
         center_value: subtract a constant from every channel of the value, and add it to the result
-            of every query that sees a key. Always done, with the mean over all tokens, where the
-            kernel adds products of tiles in the matrix unit, which is above head_dim 128: there a
-            sum of one sign would lose its bits.
+            of every query that sees a key. Always done, and from more tokens, where the kernel adds
+            products of tiles in the matrix unit, which is above head_dim 128: there a sum of one
+            sign would lose its bits.
         static_descales: scales of query, key and value for all heads, which need no look at the
             numbers; those beyond the range are clamped.
         visible: which keys each query sees; None: all.
         scale: of the scores; None: head_dim ** -0.5.
         out_dtype: bfloat16, float16 or float32.
-        raw_query: let the attention kernel quantise the query; None: where that was faster.
         cut: tiles of the quantisation; None: as measured best.
 
     Returns:
@@ -88,46 +85,21 @@ def attention_layer(
     blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
     center_value = center_value or not blocks.two_level
     per_head = granularity == "per_head" and qk_dtype == FP8 and static_descales is None
-    if per_head:
-        raw_query = False
-    elif raw_query is None:
-        # A tile that sees few keys is over before its start pays.
-        long = visible.upper is None and visible.chunk is None and visible.lower is None
-        raw_query = long and head_dim <= 128 and takes_raw_query(head_dim, dim_v, out_dtype)
-    operands = Operands(
-        None if raw_query else query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v
-    )
+    operands = Operands(query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v)
+    value_share = VALUE_SHARE if blocks.two_level else LARGE_VALUE_SHARE
     if per_head:
         done = quantize_per_head(
-            operands, group_size=query.shape[1] // key.shape[1],
-            center_key=center_key, center_value=center_value, cut=cut,
+            operands, query_rows=True, center_key=center_key, center_value=center_value,
+            value_share=value_share, cut=cut,
         )  # fmt: skip
     else:
         done = quantize_fine(
             operands, qk_dtype=qk_dtype, center_key=center_key, center_value=center_value,
-            value_samples=VALUE_SAMPLES if blocks.two_level else ALL_TOKENS,
-            static_descales=static_descales, cut=cut,
+            value_share=value_share, static_descales=static_descales, cut=cut,
         )  # fmt: skip
-    return _attend(
-        done, query, RawQuery(q_rope, hadamard_qk) if raw_query else None,
-        static_descales, visible, scale, out_dtype,
-    )  # fmt: skip
-
-
-def _attend(
-    done: Quantized,
-    query: Tensor,
-    raw: RawQuery | None,
-    static_descales: tuple[float, float, float] | None,
-    visible: Visibility,
-    scale: float | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    assert done.key is not None and done.value is not None
-    quantized = query if raw is not None else done.query
-    assert quantized is not None
+    assert done.query is not None and done.key is not None and done.value is not None
     return attention_triton(
-        quantized, done.key, done.value, done.q_descale, done.k_descale, done.v_descale,
+        done.query, done.key, done.value, done.q_descale, done.k_descale, done.v_descale,
         v_mean=done.v_mean, visible=visible, scale=scale, out_dtype=out_dtype,
-        raw_query=raw, static_descales=static_descales,
+        static_descales=static_descales,
     )[0]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,16 +22,22 @@ from lp_inductor.kernels.triton.sizes import (
 from lp_inductor.quantization import FP8, HADAMARD_DIMS, TOKEN_BLOCK
 
 #: What is done with the tiles of an operand: see :mod:`quantize_kernel`.
-ABSENT, AMAX, BLOCK, ROW, GIVEN, HEAD = range(6)
-#: Tokens that the mean of a key is estimated from; attention does not see by how much it is wrong.
-SAMPLES = 128
-#: Tokens that the mean of a value is estimated from. What it leaves is multiplied by what rounding
-#: adds to the sum of the probabilities: with 128 samples a loss of 1.3 dB at 131072 tokens.
-VALUE_SAMPLES = 1024
-#: More than there are.
-ALL_TOKENS = 2**30
-#: Lanes of a value that one program takes the mean of.
-_MEAN_LANES = 16
+ABSENT, BLOCK, ROW, GIVEN, GUESSED = range(5)
+#: Tokens that the mean of a key is estimated from, by which attention does not change, and the
+#: scales of queries and keys.
+SAMPLES = 64
+#: One in so many tokens gives the mean of a value, but 128 at least. What it leaves is
+#: multiplied by what rounding adds to the sum of the probabilities: 128 samples of 131072 tokens
+#: lose 1.3 dB, 1024 nothing.
+VALUE_SHARE = 128
+#: The same for kernels that add the products of all tokens in the matrix unit, which has few bits
+#: for a sum of numbers of one sign.
+LARGE_VALUE_SHARE = 8
+_V_SAMPLES = 128
+#: Lanes of a value that one program looks at.
+_MEAN_LANES = 32
+#: Programs among which the tiles of a head are divided that is rounded again.
+_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -95,45 +101,76 @@ class Quantized:
     v_mean: Tensor | None = None
 
 
-def sample_means(
-    operands: Operands, center_key: bool, center_value: bool, value_samples: int = VALUE_SAMPLES
-) -> tuple[Tensor | None, Tensor | None]:
-    """Means over evenly spread tokens of the key and the value that are rounded.
+@dataclass
+class Samples:
+    """What a look at some tokens says.
+
+    Attributes:
+        k_mean, v_mean: (batch, kv_heads, 1, dim), float32; None for what is not centred.
+        guesses: largest absolute numbers beside the mean, float32, of query and key (batch, heads),
+            of the value (batch, kv_heads, parts) of its lanes; None where not asked for.
+    """
+
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+    guesses: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+
+
+def sample(
+    operands: Operands,
+    *,
+    center_key: bool,
+    center_value: bool,
+    value_share: int = VALUE_SHARE,
+    guess: Sequence[bool] = (False, False, False),
+) -> Samples:
+    """Means and largest numbers over evenly spread tokens of the operands that are rounded.
 
     Args:
-        operands: those to centre.
-        center_key: by at most 128 tokens.
-        center_value: by at most ``value_samples`` tokens.
-
-    Returns:
-        (batch, kv_heads, 1, dim), float32, each; None for what is not centred.
+        operands: those to look at.
+        center_key: by the mean of at most 64 tokens.
+        center_value: by that of one token in ``value_share``, but 128 at least.
+        guess: whether the largest numbers of query, key and value are asked for.
     """
-    if not (center_key or center_value):
-        return None, None
+    has_q, has_k, has_v = guess[0], guess[1] or center_key, guess[2] or center_value
+    if not (has_q or has_k or has_v):
+        return Samples()
     x = operands.any
-    key = x if operands.key is None else operands.key
-    value = x if operands.value is None else operands.value
-    batch, heads, tokens, _ = x.shape
-    k_mean, v_mean = (
-        t.new_empty((batch, heads, 1, t.shape[3]), dtype=torch.float32) if center else None
-        for t, center in ((key, center_key), (value, center_value))
+    query, key, value = (
+        x if t is None else t for t in (operands.query, operands.key, operands.value)
     )
-    tables, table_strides, rope = rope_arguments(operands.k_rope, key)
+    dim, dim_v = key.shape[3], value.shape[3]
+    found = Samples(
+        _empty(key, lambda t: (*t.shape[:2], 1, dim)) if center_key else None,
+        _empty(value, lambda t: (*t.shape[:2], 1, dim_v)) if center_value else None,
+        (
+            _empty(query, lambda t: t.shape[:2]) if guess[0] else None,
+            _empty(key, lambda t: t.shape[:2]) if guess[1] else None,
+            _empty(value, lambda t: (*t.shape[:2], cdiv(dim_v, _MEAN_LANES))) if guess[2] else None,
+        ),
+    )
+    written = (found.k_mean, found.v_mean, *found.guesses)
+    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
+    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
     from lp_inductor.kernels.triton import launch
 
-    dim, dim_v = key.shape[3], value.shape[3]
-    launch.sample_means(
-        (heads * (center_key + center_value * cdiv(dim_v, _MEAN_LANES)), batch),
-        key, value, *tables, key if k_mean is None else k_mean, key if v_mean is None else v_mean,
-        *key.stride(), *value.stride(), *table_strides, heads, tokens, value_samples,
+    programs = query.shape[1] * has_q
+    programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _MEAN_LANES) * has_v
+    launch.sample_operands(
+        (programs, x.shape[0]),
+        query, key, value, *q_tables, *k_tables, *(x if t is None else t for t in written),
+        *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
+        query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,
-        LANES=_MEAN_LANES, V_TILE=256 if interpreted() else 1024,
-        **rope, CENTER_K=center_key, CENTER_V=center_value,
-        HADAMARD_QK=operands.hadamard_qk, INTERPRET=interpreted(), num_warps=8,
+        LANES=_MEAN_LANES, V_TILE=_V_SAMPLES, V_SHARE=value_share,
+        **{f"Q_{name}": constant for name, constant in q_rope.items()},
+        **{f"K_{name}": constant for name, constant in k_rope.items()},
+        HAS_Q=has_q, HAS_K=has_k, HAS_V=has_v, CENTER_K=center_key, CENTER_V=center_value,
+        GUESS=any(guess), HADAMARD_QK=operands.hadamard_qk, INTERPRET=interpreted(), num_warps=4,
     )  # fmt: skip
-    if v_mean is not None and operands.hadamard_v:
-        launch.transform_means((batch * heads,), v_mean, D=dim_v, num_warps=8)
-    return k_mean, v_mean
+    if found.v_mean is not None and operands.hadamard_v:
+        launch.transform_means((x.shape[0] * value.shape[1],), found.v_mean, D=dim_v, num_warps=8)
+    return found
 
 
 def quantize_fine(
@@ -142,7 +179,7 @@ def quantize_fine(
     qk_dtype: torch.dtype = FP8,
     center_key: bool = True,
     center_value: bool = False,
-    value_samples: int = VALUE_SAMPLES,
+    value_share: int = VALUE_SHARE,
     static_descales: tuple[float, float, float] | None = None,
     cut: Cut | None = None,
 ) -> Quantized:
@@ -157,15 +194,17 @@ def quantize_fine(
         qk_dtype: float8_e4m3fn, or int8 for query and key.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
         center_value: subtract the mean of a sample of tokens, which is returned.
-        value_samples: how many tokens.
+        value_share: of one token in so many, but 128 at least.
         static_descales: of query, key and value.
         cut: None: as measured best.
     """
-    k_mean, v_mean = sample_means(operands, center_key, center_value, value_samples)
+    samples = sample(
+        operands, center_key=center_key, center_value=center_value, value_share=value_share
+    )
     given = static_descales is not None
     int8 = qk_dtype == torch.int8
     modes = (GIVEN, GIVEN, GIVEN) if given else (ROW, ROW if int8 else BLOCK, BLOCK)
-    out = Quantized(v_mean=v_mean)
+    out = Quantized(v_mean=samples.v_mean)
     out.query, out.key, out.value = _storage(operands, qk_dtype, True)
     if not given:
         out.q_descale = _empty(operands.query, lambda t: (*t.shape[:3], 1))
@@ -176,7 +215,7 @@ def quantize_fine(
         out.v_descale = _empty(operands.value, lambda t: (*t.shape[:2], _entries(t)))
     scales = static_descales or (1.0, 1.0, 1.0)
     for part in [operands] if cut is not None else parts_of(operands):
-        _launch(part, out, modes, k_mean, v_mean, cut=cut, given=scales)
+        _launch(part, out, modes, samples, cut=cut, given=scales)
     return _as_operands(operands, out, True)
 
 
@@ -184,97 +223,67 @@ def quantize_per_head(
     operands: Operands,
     *,
     group_size: int = 1,
+    query_rows: bool = False,
     center_key: bool = True,
     center_value: bool = True,
+    value_share: int = LARGE_VALUE_SHARE,
     transpose_value: bool = True,
     cut: Cut | None = None,
 ) -> Quantized:
-    """Quantise with one scale a key/value head, in two passes over memory.
+    """Quantise with one scale a key/value head, in one pass over memory.
+
+    The scale is at most 8 times what the largest number of the head needs, of a value that a
+    Hadamard matrix spreads 8 * value_head_dim ** 0.5 times.
 
     Args:
         operands: those to quantise.
         group_size: query heads that share a scale: those of one key/value head.
+        query_rows: give the query a scale a row instead.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
-        center_value: subtract the mean over all tokens, which is returned, with what rounding moved
-            it by.
+        center_value: subtract the mean of a sample of tokens, which is returned.
+        value_share: of one token in so many, but 128 at least.
         transpose_value: store the value as our own attention kernel reads it.
         cut: None: as measured best.
 
     Returns:
-        all scales (batch, kv_heads).
+        scales (batch, kv_heads), with ``query_rows`` of the query (batch, heads, query_tokens, 1).
     """
-    k_mean, v_mean = sample_means(operands, center_key, center_value)
-    out = Quantized(v_mean=v_mean)
+    present = [t is not None for t in (operands.query, operands.key, operands.value)]
+    samples = sample(
+        operands, center_key=center_key, center_value=center_value,
+        value_share=value_share,
+        guess=(present[0] and not query_rows, present[1], present[2]),
+    )  # fmt: skip
+    out = Quantized(v_mean=samples.v_mean)
     out.query, out.key, out.value = _storage(operands, FP8, transpose_value)
-    out.q_descale = _empty(operands.query, lambda t: (t.shape[0], t.shape[1] // group_size))
+    out.q_descale = _empty(
+        operands.query,
+        lambda t: (*t.shape[:3], 1) if query_rows else (t.shape[0], t.shape[1] // group_size),
+    )
     out.k_descale = _empty(operands.key, lambda t: t.shape[:2])
     out.v_descale = _empty(operands.value, lambda t: t.shape[:2])
-    given = (operands.query, operands.key, operands.value)
-    partials = [_empty(t, lambda t: (*t.shape[:2], _entries(t))) for t in given]
-    lost = None
-    if v_mean is not None:
-        lost = _empty(
-            operands.value,
-            lambda t: (*t.shape[:2], _entries(t), padded_lanes(t.shape[3])),
+    whole = cut or choose_cut(operands, False)
+    partials = [
+        _empty(t, lambda t, tile=tile: (*t.shape[:2], _entries(t, tile)))
+        for t, tile in (
+            (None if query_rows else operands.query, whole.q_tokens),
+            (operands.key, whole.k_tokens),
+            (operands.value, whole.v_tokens),
         )
+    ]
     more: dict[str, Any] = {"partials": partials, "group": group_size, "transpose": transpose_value}
-    _launch(operands, out, (AMAX,) * 3, k_mean, v_mean, cut=cut, lost=lost, **more)
-    _finish_statistics(operands, out, partials, lost, group_size)
-    _launch(operands, out, (HEAD,) * 3, k_mean, v_mean, cut=cut, backwards=True, **more)
-    if v_mean is not None:
-        assert operands.value is not None and out.value is not None and out.v_descale is not None
-        _finish_means(operands.value, out.value, out.v_descale, v_mean, transpose_value)
+    modes = (ROW if query_rows else GUESSED, GUESSED, GUESSED)
+    for part in [operands] if cut is not None else parts_of(operands, transpose_value):
+        _launch(part, out, modes, samples, cut=cut, **more)
+    guessed = replace(operands, query=None, q_rope=None) if query_rows else operands
+    if guessed.key is not None or guessed.value is not None or guessed.query is not None:
+        _launch(guessed, out, modes, samples, splits=_SPLITS, cut=cut, **more)
     return _as_operands(operands, out, transpose_value)
 
 
-def _finish_statistics(
-    operands: Operands,
-    out: Quantized,
-    partials: Sequence[Tensor | None],
-    lost: Tensor | None,
-    group: int,
-) -> None:
-    """Scales from the largest numbers of blocks, and the mean of the value."""
-    from lp_inductor.kernels.triton import launch
-
-    x = operands.any
-    present = [t is not None for t in (operands.query, operands.key, operands.value)]
-    batch, kv_heads, tokens, _ = x.shape
-    dim = x.shape[3] if operands.value is None else operands.value.shape[3]
-    query = operands.query
-    q_rows = 0 if query is None else batch * (query.shape[1] // group)
-    q_blocks = 0 if query is None else cdiv(query.shape[2], TOKEN_BLOCK)
-    pointers = (*partials, out.q_descale, out.k_descale, out.v_descale, lost, out.v_mean)
-    launch.finish_statistics(
-        (q_rows + batch * kv_heads * (present[1] + present[2]),),
-        *(x if t is None else t for t in pointers),
-        q_rows, batch * kv_heads, q_blocks, cdiv(tokens, TOKEN_BLOCK), tokens,
-        DV=dim, DVP=padded_lanes(dim), GROUP=group, CHUNK=max(8, 4096 // padded_lanes(dim)),
-        HAS_Q=present[0], HAS_K=present[1], HAS_V=present[2], LOST=lost is not None, num_warps=8,
-    )  # fmt: skip
-
-
-def _finish_means(
-    value: Tensor, rounded: Tensor, descale: Tensor, mean: Tensor, transposed: bool
-) -> None:
-    """Make up in the mean for what rounding moved."""
-    from lp_inductor.kernels.triton import launch
-
-    batch, heads, tokens, dim = value.shape
-    over_batch, first, second, _ = rounded.stride()
-    # (batch, heads, dim, tokens) or (batch, tokens, heads, dim)
-    strides = (first, 1, second) if transposed else (second, first, 1)
-    lanes = 16
-    launch.finish_means(
-        ((dim + lanes - 1) // lanes, heads, batch),
-        rounded, descale, mean, over_batch, *strides, heads, tokens,
-        D=dim, LANES=lanes, TILE=512, TRANSPOSED=transposed, num_warps=4,
-    )  # fmt: skip
-
-
-def _entries(x: Tensor) -> Any:
+def _entries(x: Tensor, tokens: int = TOKEN_BLOCK) -> Any:
     """Numbers kept for the blocks of a head: one more, so that no guard asks whether it is one."""
-    return cdiv(x.shape[2], TOKEN_BLOCK) + 1
+    return cdiv(x.shape[2], tokens) + 1
 
 
 def used_blocks(descale: Tensor, x: Tensor) -> Tensor:
@@ -328,18 +337,19 @@ def _launch(
     operands: Operands,
     out: Quantized,
     modes: tuple[int, int, int],
-    k_mean: Tensor | None,
-    v_mean: Tensor | None,
+    samples: Samples,
     *,
     cut: Cut | None = None,
     given: tuple[float, float, float] = (1.0, 1.0, 1.0),
     partials: Sequence[Tensor | None] = (None, None, None),
-    lost: Tensor | None = None,
     group: int = 1,
     transpose: bool = True,
-    backwards: bool = False,
+    splits: int = 0,
 ) -> None:
-    """Start the kernel on the operands there are; pointers that are not used get any tensor."""
+    """Start the kernel on the operands there are; pointers that are not used get any tensor.
+
+    With ``splits`` it settles the scales that were guessed.
+    """
     x = operands.any
     query, key, value = (
         x if t is None else t for t in (operands.query, operands.key, operands.value)
@@ -348,21 +358,23 @@ def _launch(
         ABSENT if t is None else mode
         for t, mode in zip((operands.query, operands.key, operands.value), modes, strict=True)
     )
-    cut = cut or choose_cut(operands, AMAX in modes or HEAD in modes)
-    q_tokens = cut.q_tokens if q_mode in (ROW, GIVEN) else TOKEN_BLOCK
+    cut = cut or choose_cut(operands, BLOCK in modes)
     programs = 0
     for mode, t, tile, together in (
-        (q_mode, query, q_tokens, cut.q_heads), (k_mode, key, TOKEN_BLOCK, cut.k_heads),
-        (v_mode, value, TOKEN_BLOCK, cut.v_heads),
+        (q_mode, query, cut.q_tokens, cut.q_heads), (k_mode, key, cut.k_tokens, cut.k_heads),
+        (v_mode, value, cut.v_tokens, cut.v_heads),
     ):  # fmt: skip
-        if mode != ABSENT:
+        if mode != ABSENT and splits:
+            programs += t.shape[1] * splits
+        elif mode != ABSENT:
             programs += cdiv(t.shape[2], tile) * (t.shape[1] // together)
     q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
     k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
     pointers = (
-        k_mean, v_mean, out.query, out.key, out.value,
-        out.q_descale, out.k_descale, out.v_descale, *partials, lost,
+        samples.k_mean, samples.v_mean, out.query, out.key, out.value,
+        out.q_descale, out.k_descale, out.v_descale, *partials, *samples.guesses,
     )  # fmt: skip
+    v_guesses = cdiv(value.shape[3], _MEAN_LANES)
     from lp_inductor.kernels.triton import launch
 
     launch.quantize_operands(
@@ -374,7 +386,7 @@ def _launch(
         D=key.shape[3], DV=value.shape[3],
         DP=padded_lanes(key.shape[3]), DVP=padded_lanes(value.shape[3]),
         ROW_BYTES=padded_row(key.shape[3]), V_ROW_BYTES=padded_row(value.shape[3]),
-        Q_TILE=q_tokens, TILE=TOKEN_BLOCK,
+        Q_TILE=cut.q_tokens, K_TILE=cut.k_tokens, V_TILE=cut.v_tokens,
         Q_HEADS=cut.q_heads, K_HEADS=cut.k_heads, V_HEADS=cut.v_heads,
         Q_HEADS_FIRST=heads_first(query), K_HEADS_FIRST=heads_first(key),
         V_HEADS_FIRST=heads_first(value),
@@ -383,10 +395,15 @@ def _launch(
         Q_TABLE_PER_HEAD=operands.q_rope is not None and operands.q_rope.per_head,
         K_TABLE_PER_HEAD=operands.k_rope is not None and operands.k_rope.per_head,
         Q_SCALE=q_mode, K_SCALE=k_mode, V_SCALE=v_mode,
-        CENTER_K=k_mean is not None, CENTER_V=v_mean is not None,
+        CENTER_K=samples.k_mean is not None, CENTER_V=samples.v_mean is not None,
         HADAMARD_QK=operands.hadamard_qk, HADAMARD_V=operands.hadamard_v,
         INT8=torch.int8 in (t.dtype for t in (out.query, out.key) if t is not None),
-        TRANSPOSE=transpose, LOST=lost is not None, GROUP=group, KEEP=cut.keep,
-        NUM_STAGES=cut.stages,
-        BACKWARDS=backwards, INTERPRET=interpreted(), num_warps=cut.warps,
+        TRANSPOSE=transpose, GROUP=group, GROUP_PADDED=_power(group),
+        V_GUESSES=v_guesses, V_GUESSES_PADDED=_power(v_guesses), KEEP=cut.keep,
+        SPLITS=splits, NUM_STAGES=cut.stages, INTERPRET=interpreted(), num_warps=cut.warps,
     )  # fmt: skip
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (count - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Quantising one operand at a time; :mod:`layer` does a whole site."""
+"""The quantisation kernels applied to one operand at a time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,6 @@ from lp_inductor.kernels.triton.rope import Rope
 from lp_inductor.kernels.triton.sizes import known
 from lp_inductor.quantization import FP8
 
-__all__ = [
-    "Rope",
-    "quantize_key_blocks",
-    "quantize_rows",
-    "quantize_triton",
-    "quantize_value_blocks",
-    "quantize_value_triton",
-]
-
 
 def quantize_triton(
     x: Tensor,
@@ -39,7 +30,7 @@ def quantize_triton(
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
         rope: the rotation before it; None: none.
         group_size: heads that share one scale; 1 where ``center``.
-        center: subtract from every channel the mean of at most 128 tokens, evenly spread.
+        center: subtract from every channel the mean of at most 64 tokens, evenly spread.
 
     Returns:
         quantised (batch, heads, tokens, head_dim), float8_e4m3fn, stored in the order (batch,
@@ -57,7 +48,7 @@ def quantize_triton(
 
 
 def quantize_value_triton(x: Tensor, *, transpose: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre a value over tokens and quantise it, as ``reference.quantize_centered`` does.
+    """Centre a value by a sample of its tokens and quantise it with one scale a head.
 
     Args:
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
@@ -118,7 +109,7 @@ def quantize_key_blocks(
     Args:
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
         rope, hadamard, cut: see :func:`quantize_rows`.
-        center: subtract from every channel the mean of at most 128 tokens, evenly spread.
+        center: subtract from every channel the mean of at most 64 tokens, evenly spread.
         dtype: float8_e4m3fn; or int8, with one scale a row.
 
     Returns:
@@ -138,7 +129,7 @@ def quantize_value_blocks(
 
     Args:
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
-        center: subtract from every channel the mean of at most 128 tokens. Needed where the
+        center: subtract from every channel the mean of a sample of tokens. Needed where the
             attention kernel does not add its tiles in float32, which is above head_dim 128.
         hadamard, cut: see :func:`quantize_rows`.
 
