@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy
 
-SQNR in dB for the Triton kernels: scales a head, or a row and 128 tokens; with query and key, or
-the value too, multiplied by a Hadamard matrix; with scores in INT8. And for FA3 in FP8 where
+SQNR in dB for the Triton kernels: a scale a head, or one for 128 tokens; with query and key, or the
+value too, multiplied by a Hadamard matrix; with scores in INT8. And for FA3 in FP8 where
 installed: with operands as they are, as its callers quantise them, and with centred keys and
 values, whose mean is added behind it.
 """
@@ -76,8 +76,8 @@ def back(out: Tensor) -> Tensor:
 
 #: How the Triton kernels are asked, by name.
 OURS: dict[str, dict[str, Any]] = {
-    "triton per head": {"granularity": "per_head"},
     "triton": {},
+    "triton per block": {"granularity": "per_block"},
     "triton hadamard qk": {"hadamard_qk": True},
     "triton hadamard qkv": {"hadamard_qk": True, "hadamard_v": True},
     "triton int8": {"qk_dtype": torch.int8},

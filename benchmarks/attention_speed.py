@@ -48,8 +48,8 @@ def rivals(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Runs:
 
     fine = quantize_fine(operands, center_value=query.shape[-1] > 128)
     runs: Runs = {
-        "triton fp8": triton(fine),
-        "triton fp8 per head": triton(quantize_per_head(operands, group_size=group)),
+        "triton fp8": triton(quantize_per_head(operands, query_rows=True)),
+        "triton fp8 per block": triton(fine),
     }
     for name, backend in (
         ("flash bf16", SDPBackend.FLASH_ATTENTION),

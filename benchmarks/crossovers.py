@@ -17,7 +17,11 @@ from benchmarks.attention_speed import HEADS
 
 MODULE = Path(__file__).parents[1] / "lp_inductor" / "kernels" / "measured.py"
 #: Kernels of the table, by the name of their speed-up in a sweep.
-KERNELS = {"triton is faster by": "triton", "fa3 fp8 is faster by": "fa3"}
+KERNELS = {
+    "triton is faster by": "triton",
+    "triton int8 is faster by": "triton int8",
+    "fa3 fp8 is faster by": "fa3",
+}
 
 Speedups = dict[tuple[Any, ...], dict[str, dict[int, float]]]
 

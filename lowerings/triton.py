@@ -2,20 +2,22 @@
 
 Before (what the passes wrote for one site)::
 
-    query, q_descale       = lp_inductor.quantize(q, cos, sin, ..., scales="token")
-    key, k_descale         = lp_inductor.quantize(k, cos, sin, ..., scales="block")
-    value, v_descale, mean = lp_inductor.quantize_centered(v, scales="block")
+    query, q_descale       = lp_inductor.quantize(q, cos, sin, ...)
+    key, k_descale         = lp_inductor.quantize(k, cos, sin, ...)
+    value, v_descale, mean = lp_inductor.quantize_centered(v)
     out = lp_inductor.sdpa_quantized(query, key, value, q_descale, ..., mean, ..., "triton")
 
 After::
 
-    means = triton_kernel_wrapper_functional(sample_means, k, v)
-    ...   = triton_kernel_wrapper_functional(quantize_operands, k, v, cos, sin, means)
-    out   = triton_kernel_wrapper_functional(attention_forward, q, cos, sin, key, value, ...)
+    means, guesses = triton_kernel_wrapper_functional(sample_operands, k, v, cos, sin)
+    query, key     = triton_kernel_wrapper_functional(quantize_operands, q, k, cos, sin, ...)
+    value          = triton_kernel_wrapper_functional(quantize_operands, v, ...)
+    scales, ...    = triton_kernel_wrapper_functional(quantize_operands, k, v, guesses, ...)
+    out            = triton_kernel_wrapper_functional(attention_forward, query, key, value, ...)
 
-How many launches a site takes is :mod:`lp_inductor.kernels.triton.layer`'s affair; the query may
-not be quantised in memory at all. Inductor compiles the kernels with the rest of the graph: no
-Python runs between them, and AOTInductor packages hold them.
+How many launches a site takes is :mod:`lp_inductor.kernels.triton.layer`'s affair. Inductor
+compiles the kernels with the rest of the graph: no Python runs between them, and AOTInductor
+packages hold them.
 
 For an attention kernel of somebody else only the quantisation is lowered so.
 """
@@ -101,9 +103,10 @@ class SiteCalls:
         scales = (self.query.scales, self.key.scales, self.value.scales)
         if any(static):
             return "static" if all(static) else None
-        if scales == ("head", "head", "head") and self.query.dtype == FP8:
+        int8 = self.key.dtype == torch.int8
+        if scales == (("token", "token", "head") if int8 else ("head", "head", "head")):
             return "per_head"
-        fine = ("token", "token" if self.key.dtype == torch.int8 else "block", "block")
+        fine = ("token", "token" if int8 else "block", "block")
         return "per_block" if scales == fine else None
 
     def constants(self) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def lower_quantization(
         replace: puts results in the place of those of a node.
     """
     site = SiteCalls.of(attention)
-    if site is None or site.granularity != "per_head":
+    if site is None or site.granularity != "per_head" or site.key.dtype != FP8:
         return
     calls = (site.query, site.key, site.value)
     last = max((call.node for call in calls), key=place.__getitem__)

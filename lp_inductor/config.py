@@ -87,10 +87,6 @@ class Fp8Config:
                 raise ConfigError(f"{name}={value!r}: {_expected(value, choices)}")
         _check_count("min_seq_len", self.min_seq_len)
         object.__setattr__(self, "static_descales", _as_descales(self.static_descales))
-        if self.qk_dtype == "int8" and self.granularity == "per_head":
-            raise ConfigError(
-                "qk_dtype='int8' has a scale for each token, not granularity='per_head'"
-            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> tuple[Fp8Config, dict[str, Any]]:

@@ -13,7 +13,13 @@ from lp_inductor.config import Fp8Config
 from lp_inductor.kernels import Kernel, granularity_of
 from lp_inductor.kernels.crossovers import fastest_by_length, work_conditions
 from lp_inductor.kernels.measured import HEADS
-from lp_inductor.kernels.registry import allow_all, curves_of, prefer, serving_kernels
+from lp_inductor.kernels.registry import (
+    allow_all,
+    curves_of,
+    measured_as,
+    prefer,
+    serving_kernels,
+)
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 from lp_inductor.passes.site import AttentionCall, Decision
 
@@ -86,7 +92,7 @@ class Decider:
 
         What the configuration says of lengths counts more than what was measured.
         """
-        preferred = prefer(serving, call)
+        preferred = prefer(serving, self._config, call)
         if self._config.force:
             return preferred
         bound = self._config.min_seq_len
@@ -100,7 +106,8 @@ class Decider:
         return Miss(MissCode.SHORT_SEQUENCE, f"{call.key_len} key tokens, min_seq_len={bound}")
 
     def _choose_measured(self, serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel | Miss:
-        by_name = {k.measured_as: k for k in reversed(serving) if k.measured_as is not None}
+        names = {kernel: measured_as(kernel, self._config) for kernel in reversed(serving)}
+        by_name = {name: kernel for kernel, name in names.items() if name is not None}
         curves = curves_of(call)
         if not any(name in curves for name in by_name):
             return Miss(

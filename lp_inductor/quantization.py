@@ -27,7 +27,7 @@ class Quantization:
         granularity: "per_head", one scale for a batch entry and key/value head, all its tokens; or
             "per_block", one for each token of a query and each block of 128 keys and values.
         qk_dtype: of query and key, float8_e4m3fn or int8; the value is always float8_e4m3fn. Int8
-            has a scale for each token of query and key.
+            has a scale for each token of query and key, whatever the granularity.
         smooth_k, smooth_v: centre keys and values over the tokens.
         hadamard_qk, hadamard_v: multiply by a Hadamard matrix before rounding.
         static_descales: of query, key and value, for a whole tensor, instead of measured ones.
@@ -44,23 +44,28 @@ class Quantization:
     @property
     def query_scales(self) -> str:
         """What shares a scale of the query: see :func:`lp_inductor.reference.quantize`."""
-        return "token" if self._is_fine else "head"
+        return self._scales("token")
 
     @property
     def key_scales(self) -> str:
         """What shares a scale of the key."""
-        if not self._is_fine:
-            return "head"
-        return "token" if self.qk_dtype == torch.int8 else "block"
+        return self._scales("block")
 
     @property
     def value_scales(self) -> str:
         """What shares a scale of the value."""
-        return "block" if self._is_fine else "head"
+        return "block" if self.granularity == "per_block" and not self._is_static else "head"
+
+    def _scales(self, fine: str) -> str:
+        if self._is_static:
+            return "head"
+        if self.qk_dtype == torch.int8:
+            return "token"
+        return fine if self.granularity == "per_block" else "head"
 
     @property
-    def _is_fine(self) -> bool:
-        return self.granularity == "per_block" and self.static_descales is None
+    def _is_static(self) -> bool:
+        return self.static_descales is not None
 
     def query_options(self) -> dict[str, Any]:
         """Keyword arguments of ``lp_inductor::quantize`` for a query, but for its defaults."""

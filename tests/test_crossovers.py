@@ -195,7 +195,8 @@ def test_the_table_makes_sense() -> None:
     names = {k.measured_as for k in registry.registered_kernels() if k.measured_as}
     for (capability, dim, _, _), kernels in SPEEDUPS.items():
         assert capability >= (8, 9) and dim in (64, 128, 256)
-        assert kernels and set(kernels) <= names | {"fa3"}
+        formats = {f"{kernel} int8" for kernel in names}
+        assert kernels and set(kernels) <= names | {"fa3"} | formats
         for curve in kernels.values():
             assert list(curve) == sorted(curve) and all(0.1 < s < 10 for s in curve.values())
 

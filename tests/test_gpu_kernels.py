@@ -161,7 +161,7 @@ def test_accuracy_does_not_depend_on_length(tokens: int) -> None:
     "options",
     [
         {},
-        {"hadamard_qk": True, "hadamard_v": True},
+        {"hadamard_qk": True},
         {"granularity": "per_block"},
         {"qk_dtype": torch.int8},
     ],

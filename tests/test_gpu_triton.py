@@ -61,7 +61,7 @@ def test_every_rewrite(name: str) -> None:
         (site,) = lp_inductor.explain(model, *operands, config=TRITON).sites
         result = compile_fp8(model, TRITON, fullgraph=True)(*operands)
     assert (site.fused, site.kernel, site.rope, site.mask) == (True, "triton", rope, mask)
-    assert site.granularity == "per_block"
+    assert site.granularity == "per_head"
     assert MIN_DB <= sqnr(in_double(model, operands), result) < 40
 
 
@@ -91,7 +91,7 @@ def test_every_way_to_quantise(way: str, model: Any) -> None:
 
 
 def test_the_code_holds_the_kernels() -> None:
-    """No Python is called between the kernels: the site is three launches at most."""
+    """No Python is called between the kernels, and nothing is copied for them."""
     from torch._inductor.utils import run_and_get_code
 
     compiled = compile_fp8(models.llama, TRITON, fullgraph=True)
@@ -100,10 +100,8 @@ def test_the_code_holds_the_kernels() -> None:
     assert "lp_inductor.sdpa_quantized" not in code
     launched = re.findall(r"(\w+?)_\d+\.run\(", code)
     ours = [name for name in launched if not name.startswith("triton_")]
-    assert ours in (
-        ["sample_means", "quantize_operands", "attention_forward"],
-        ["quantize_operands", "attention_forward"],
-    )
+    assert ours == ["sample_operands", *["quantize_operands"] * 3, "attention_forward"]
+    assert "clone" not in code and "copy" not in code
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lp_inductor import ConfigError, Fp8Config, MissCode, ops, reference
 from lp_inductor.functional import scaled_dot_product_attention_fp8
-from lp_inductor.quantization import TOKEN_BLOCK
+from lp_inductor.quantization import TOKEN_BLOCK, Quantization
 from tests import models
 from tests.helpers import interpret_fp8, rewritten_graph, sqnr
 
@@ -161,9 +161,13 @@ def test_wrong_scales_are_refused(given: Any) -> None:
         Fp8Config(static_descales=given)
 
 
-def test_int8_has_no_scales_of_heads() -> None:
-    with pytest.raises(ConfigError, match="int8"):
-        Fp8Config(qk_dtype="int8", granularity="per_head")
+def test_int8_has_scales_of_tokens() -> None:
+    """Query and key, whatever the granularity, which is then the value's alone."""
+    for granularity, value in (("per_head", "head"), ("per_block", "block")):
+        how = Quantization(granularity=granularity, qk_dtype=torch.int8)
+        assert (how.query_scales, how.key_scales, how.value_scales) == ("token", "token", value)
+    given = Quantization(qk_dtype=torch.int8, static_descales=(1.0, 1.0, 1.0))
+    assert (given.query_scales, given.key_scales, given.value_scales) == ("head",) * 3
 
 
 @pytest.mark.parametrize("hadamard", ["v", "qk", "qkv"])
@@ -180,7 +184,7 @@ def test_reports_say_how() -> None:
     for options, text in (
         ({}, "per_head"),
         ({"granularity": "per_block"}, "per_block"),
-        ({"qk_dtype": "int8", "hadamard": "qkv"}, "per_block, int8, hadamard qkv"),
+        ({"qk_dtype": "int8", "hadamard": "qkv"}, "per_head, int8, hadamard qkv"),
         ({"static_descales": (("*", 1.0, 1.0, 1.0),)}, "static"),
     ):
         _, (site,) = interpret_fp8(models.no_rope, q, k, v, config=Fp8Config(**options))

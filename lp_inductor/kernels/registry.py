@@ -132,16 +132,23 @@ def choose_kernel(config: Fp8Config, call: AttentionCall) -> Kernel | Miss:
         KernelError: if the configuration names a kernel that cannot run on the call's device.
     """
     serving = serving_kernels(config, call)
-    return serving if isinstance(serving, Miss) else prefer(serving, call)
+    return serving if isinstance(serving, Miss) else prefer(serving, config, call)
 
 
-def prefer(serving: tuple[Kernel, ...], call: AttentionCall) -> Kernel:
+def measured_as(kernel: Kernel, config: Fp8Config) -> str | None:
+    """The kernel's name in the table of measured speed-ups, for the number format asked for."""
+    if kernel.measured_as is None or config.qk_dtype == "fp8":
+        return kernel.measured_as
+    return f"{kernel.measured_as} {config.qk_dtype}"
+
+
+def prefer(serving: tuple[Kernel, ...], config: Fp8Config, call: AttentionCall) -> Kernel:
     """The first of the kernels; of measured ones, that which is the fastest on long sequences."""
     first = serving[0]
     if first.measured_as is None:
         return first
     curves = curves_of(call)
-    measured = {kernel: curves.get(kernel.measured_as or "", {}) for kernel in serving}
+    measured = {kernel: curves.get(measured_as(kernel, config) or "", {}) for kernel in serving}
     known = {kernel: curve[max(curve)] for kernel, curve in measured.items() if curve}
     return max(known, key=known.__getitem__) if known else first
 
@@ -163,7 +170,7 @@ def check_call(kernel: Kernel, config: Fp8Config, call: AttentionCall) -> Ok | M
 
 def granularity_of(kernel: Kernel, config: Fp8Config) -> str | None:
     """What one scale covers where the kernel serves the configuration; None if it does not."""
-    wanted = "per_block" if config.qk_dtype == "int8" else config.granularity
+    wanted = config.granularity
     if wanted == "auto":
         return kernel.granularities[0]
     return wanted if wanted in kernel.granularities else None

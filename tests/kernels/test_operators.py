@@ -66,7 +66,7 @@ def test_value(hadamard: bool, scales: str, static: float | None) -> None:
     assert got.dtype == FP8 and mean.shape == (2, 3, 1, 32)
     assert sqnr(spread, reference.dequantize(got, descale) + mean) > 28
     # That of a sample, or of all tokens: what remains has next to no mean.
-    torch.testing.assert_close(mean, spread.mean(dim=2, keepdim=True), atol=0.1, rtol=0)
+    torch.testing.assert_close(mean, spread.mean(dim=2, keepdim=True), atol=0.5, rtol=0)
 
 
 @interpreted

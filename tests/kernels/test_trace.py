@@ -111,13 +111,24 @@ WRITTEN = {
         (5, {}),
         (5, {"center_key": False, "center_value": False}),
         (6, {"mask": True, "hadamard_qk": True, "hadamard_v": True}),
-        (4, {"qk_dtype": torch.int8}),
+        (5, {"qk_dtype": torch.int8}),
+        (4, {"qk_dtype": torch.int8, "granularity": "per_block"}),
         (5, {"dim": 256}),
         (3, {"static_descales": (0.1, 0.1, 0.1), "center_key": False, "center_value": False}),
         (4, {"granularity": "per_block"}),
         (3, {"granularity": "per_block", "center_key": False, "center_value": False}),
     ],
-    ids=["head", "not-centred", "hadamard", "int8", "wide", "static", "block", "block-as-is"],
+    ids=[
+        "head",
+        "not-centred",
+        "hadamard",
+        "int8",
+        "int8-block",
+        "wide",
+        "static",
+        "block",
+        "block-as-is",
+    ],
 )
 def test_no_size_is_bound(layout: str, count: int, options: dict[str, Any]) -> None:
     """The graph holds for all sizes, has as few launches as said, and copies no operand."""

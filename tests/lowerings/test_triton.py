@@ -64,7 +64,7 @@ def quantised(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **config: Any
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Query, key and value as the passes have them quantised; the tables rotate the upper half."""
-    how = Fp8Config(**config).quantization("", config.get("granularity", "per_block"))
+    how = Fp8Config(**config).quantization("", config.get("granularity", "per_head"))
     group, dim = q.shape[1] // k.shape[1], q.shape[3]
     rope = (cos, sin, True, dim // 2, dim // 2)
     query = ops.quantize(q, *rope, group, False, **how.query_options())
@@ -160,7 +160,7 @@ def test_what_is_not_one_site_is_lowered_apart(hopper: None, mixed: str) -> None
         if mixed == "no mean":
             value = (*value[:2], None)  # type: ignore[assignment]
         if mixed == "granularity":
-            _, key, _ = quantised(q, k, v, *tables, granularity="per_head")
+            _, key, _ = quantised(q, k, v, *tables, granularity="per_block")
         return attend(query, key, value)
 
     assert launches(lowered(model)) == apart(1)

@@ -11,8 +11,6 @@ from lp_inductor.kernels.triton.attention import attention_triton
 from lp_inductor.kernels.triton.blocks import choose_blocks
 from lp_inductor.kernels.triton.cuts import Cut
 from lp_inductor.kernels.triton.operands import (
-    LARGE_VALUE_SHARE,
-    VALUE_SHARE,
     Operands,
     quantize_fine,
     quantize_per_head,
@@ -47,9 +45,8 @@ def attention_layer(
     """FP8 attention of operands in bfloat16, float16 or float32, of any strides.
 
     A query has a scale a row. "per_head": keys and values have one a head, which attends fastest.
-    "per_block": one for 128 tokens. With int8 query and key have a scale a row, and the value one
-    for 128 tokens, whatever the granularity. No size is looked at in a way that would bind a traced
-    graph to it.
+    "per_block": one for 128 tokens. With int8 the key has a scale a row too, whatever the
+    granularity. No size is looked at in a way that would bind a traced graph to it.
 
     Args:
         query: (batch, heads, query_tokens, head_dim); head_dim up to 256.
@@ -66,9 +63,9 @@ def attention_layer(
             own inverse. value_head_dim is a power of two from 16 to 256.
         center_key: subtract a constant from every channel of the key.
         center_value: subtract a constant from every channel of the value, and add it to the result
-            of every query that sees a key. Always done, and from more tokens, where the kernel adds
-            products of tiles in the matrix unit, which is above head_dim 128: there a sum of one
-            sign would lose its bits.
+            of every query that sees a key. Always done where the kernel adds products of
+            tiles in the matrix unit, which is above head_dim 128: there a sum of one sign would
+            lose its bits.
         static_descales: scales of query, key and value for all heads, which need no look at the
             numbers; those beyond the range are clamped.
         visible: which keys each query sees; None: all.
@@ -84,18 +81,17 @@ def attention_layer(
     head_dim, dim_v = key.shape[-1], value.shape[-1]
     blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
     center_value = center_value or not blocks.two_level
-    per_head = granularity == "per_head" and qk_dtype == FP8 and static_descales is None
     operands = Operands(query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v)
-    value_share = VALUE_SHARE if blocks.two_level else LARGE_VALUE_SHARE
-    if per_head:
+    if granularity == "per_head" and static_descales is None:
         done = quantize_per_head(
-            operands, query_rows=True, center_key=center_key, center_value=center_value,
-            value_share=value_share, cut=cut,
+            operands, query_rows=True, qk_dtype=qk_dtype,
+            center_key=center_key, center_value=center_value,
+            exact_mean=not blocks.two_level, cut=cut,
         )  # fmt: skip
     else:
         done = quantize_fine(
             operands, qk_dtype=qk_dtype, center_key=center_key, center_value=center_value,
-            value_share=value_share, static_descales=static_descales, cut=cut,
+            exact_mean=not blocks.two_level, static_descales=static_descales, cut=cut,
         )  # fmt: skip
     assert done.query is not None and done.key is not None and done.value is not None
     return attention_triton(

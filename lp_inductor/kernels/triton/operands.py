@@ -26,16 +26,8 @@ ABSENT, BLOCK, ROW, GIVEN, GUESSED = range(5)
 #: Tokens that the mean of a key is estimated from, by which attention does not change, and the
 #: scales of queries and keys.
 SAMPLES = 64
-#: One in so many tokens gives the mean of a value, but 128 at least. What it leaves is
-#: multiplied by what rounding adds to the sum of the probabilities: 128 samples of 131072 tokens
-#: lose 1.3 dB, 1024 nothing.
-VALUE_SHARE = 128
-#: The same for kernels that add the products of all tokens in the matrix unit, which has few bits
-#: for a sum of numbers of one sign.
-LARGE_VALUE_SHARE = 8
-_V_SAMPLES = 128
-#: Lanes of a value that one program looks at.
-_MEAN_LANES = 32
+#: Lanes of a value that one program looks at, and tokens at a time, which are the fewest.
+_V_LANES, _V_TOKENS = 16, 128
 #: Programs among which the tiles of a head are divided that is rounded again.
 _SPLITS = 8
 
@@ -121,7 +113,7 @@ def sample(
     *,
     center_key: bool,
     center_value: bool,
-    value_share: int = VALUE_SHARE,
+    exact_mean: bool = False,
     guess: Sequence[bool] = (False, False, False),
 ) -> Samples:
     """Means and largest numbers over evenly spread tokens of the operands that are rounded.
@@ -129,7 +121,12 @@ def sample(
     Args:
         operands: those to look at.
         center_key: by the mean of at most 64 tokens.
-        center_value: by that of one token in ``value_share``, but 128 at least.
+        center_value: by that of one token in 8, but 128 at least. The mean that a sample leaves is
+            multiplied by what rounding does to all values alike: at one token in 128 that cost 0.8
+            dB at 131072 tokens.
+        exact_mean: by that of all from 32768 tokens on, and of ever fewer below. For kernels that
+            add the products of all tokens in the matrix unit: a sum of one sign loses 1 % there at
+            16384 tokens, and 2 % at 131072.
         guess: whether the largest numbers of query, key and value are asked for.
     """
     has_q, has_k, has_v = guess[0], guess[1] or center_key, guess[2] or center_value
@@ -146,7 +143,7 @@ def sample(
         (
             _empty(query, lambda t: t.shape[:2]) if guess[0] else None,
             _empty(key, lambda t: t.shape[:2]) if guess[1] else None,
-            _empty(value, lambda t: (*t.shape[:2], cdiv(dim_v, _MEAN_LANES))) if guess[2] else None,
+            _empty(value, lambda t: (*t.shape[:2], cdiv(dim_v, _V_LANES))) if guess[2] else None,
         ),
     )
     written = (found.k_mean, found.v_mean, *found.guesses)
@@ -155,18 +152,20 @@ def sample(
     from lp_inductor.kernels.triton import launch
 
     programs = query.shape[1] * has_q
-    programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _MEAN_LANES) * has_v
+    programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _V_LANES) * has_v
     launch.sample_operands(
         (programs, x.shape[0]),
         query, key, value, *q_tables, *k_tables, *(x if t is None else t for t in written),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,
-        LANES=_MEAN_LANES, V_TILE=_V_SAMPLES, V_SHARE=value_share,
+        LANES=_V_LANES, V_TILE=_V_TOKENS if interpreted() else 512,
+        V_LEAST=_V_TOKENS, V_EXACT=exact_mean,
         **{f"Q_{name}": constant for name, constant in q_rope.items()},
         **{f"K_{name}": constant for name, constant in k_rope.items()},
         HAS_Q=has_q, HAS_K=has_k, HAS_V=has_v, CENTER_K=center_key, CENTER_V=center_value,
-        GUESS=any(guess), HADAMARD_QK=operands.hadamard_qk, INTERPRET=interpreted(), num_warps=4,
+        GUESS_K=guess[1], GUESS_V=guess[2],
+        HADAMARD_QK=operands.hadamard_qk, INTERPRET=interpreted(), num_warps=8,
     )  # fmt: skip
     if found.v_mean is not None and operands.hadamard_v:
         launch.transform_means((x.shape[0] * value.shape[1],), found.v_mean, D=dim_v, num_warps=8)
@@ -179,7 +178,7 @@ def quantize_fine(
     qk_dtype: torch.dtype = FP8,
     center_key: bool = True,
     center_value: bool = False,
-    value_share: int = VALUE_SHARE,
+    exact_mean: bool = False,
     static_descales: tuple[float, float, float] | None = None,
     cut: Cut | None = None,
 ) -> Quantized:
@@ -194,12 +193,12 @@ def quantize_fine(
         qk_dtype: float8_e4m3fn, or int8 for query and key.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
         center_value: subtract the mean of a sample of tokens, which is returned.
-        value_share: of one token in so many, but 128 at least.
+        exact_mean: of all tokens where there are many: see :func:`sample`.
         static_descales: of query, key and value.
         cut: None: as measured best.
     """
     samples = sample(
-        operands, center_key=center_key, center_value=center_value, value_share=value_share
+        operands, center_key=center_key, center_value=center_value, exact_mean=exact_mean
     )
     given = static_descales is not None
     int8 = qk_dtype == torch.int8
@@ -224,9 +223,10 @@ def quantize_per_head(
     *,
     group_size: int = 1,
     query_rows: bool = False,
+    qk_dtype: torch.dtype = FP8,
     center_key: bool = True,
     center_value: bool = True,
-    value_share: int = LARGE_VALUE_SHARE,
+    exact_mean: bool = True,
     transpose_value: bool = True,
     cut: Cut | None = None,
 ) -> Quantized:
@@ -239,43 +239,47 @@ def quantize_per_head(
         operands: those to quantise.
         group_size: query heads that share a scale: those of one key/value head.
         query_rows: give the query a scale a row instead.
+        qk_dtype: float8_e4m3fn; or int8 for query and key, which then have a scale a row.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
         center_value: subtract the mean of a sample of tokens, which is returned.
-        value_share: of one token in so many, but 128 at least.
+        exact_mean: of all tokens where there are many: see :func:`sample`.
         transpose_value: store the value as our own attention kernel reads it.
         cut: None: as measured best.
 
     Returns:
-        scales (batch, kv_heads), with ``query_rows`` of the query (batch, heads, query_tokens, 1).
+        scales (batch, kv_heads); those of rows (batch, heads, tokens, 1).
     """
+    key_rows = qk_dtype == torch.int8
+    query_rows = query_rows or key_rows
     present = [t is not None for t in (operands.query, operands.key, operands.value)]
     samples = sample(
-        operands, center_key=center_key, center_value=center_value,
-        value_share=value_share,
-        guess=(present[0] and not query_rows, present[1], present[2]),
+        operands, center_key=center_key, center_value=center_value, exact_mean=exact_mean,
+        guess=(present[0] and not query_rows, present[1] and not key_rows, present[2]),
     )  # fmt: skip
     out = Quantized(v_mean=samples.v_mean)
-    out.query, out.key, out.value = _storage(operands, FP8, transpose_value)
+    out.query, out.key, out.value = _storage(operands, qk_dtype, transpose_value)
     out.q_descale = _empty(
         operands.query,
         lambda t: (*t.shape[:3], 1) if query_rows else (t.shape[0], t.shape[1] // group_size),
     )
-    out.k_descale = _empty(operands.key, lambda t: t.shape[:2])
+    out.k_descale = _empty(operands.key, lambda t: (*t.shape[:3], 1) if key_rows else t.shape[:2])
     out.v_descale = _empty(operands.value, lambda t: t.shape[:2])
     whole = cut or choose_cut(operands, False)
     partials = [
         _empty(t, lambda t, tile=tile: (*t.shape[:2], _entries(t, tile)))
         for t, tile in (
             (None if query_rows else operands.query, whole.q_tokens),
-            (operands.key, whole.k_tokens),
+            (None if key_rows else operands.key, whole.k_tokens),
             (operands.value, whole.v_tokens),
         )
     ]
     more: dict[str, Any] = {"partials": partials, "group": group_size, "transpose": transpose_value}
-    modes = (ROW if query_rows else GUESSED, GUESSED, GUESSED)
+    modes = (ROW if query_rows else GUESSED, ROW if key_rows else GUESSED, GUESSED)
     for part in [operands] if cut is not None else parts_of(operands, transpose_value):
         _launch(part, out, modes, samples, cut=cut, **more)
     guessed = replace(operands, query=None, q_rope=None) if query_rows else operands
+    if key_rows:
+        guessed = replace(guessed, key=None, k_rope=None, hadamard_qk=False)
     if guessed.key is not None or guessed.value is not None or guessed.query is not None:
         _launch(guessed, out, modes, samples, splits=_SPLITS, cut=cut, **more)
     return _as_operands(operands, out, transpose_value)
@@ -374,7 +378,7 @@ def _launch(
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
         out.q_descale, out.k_descale, out.v_descale, *partials, *samples.guesses,
     )  # fmt: skip
-    v_guesses = cdiv(value.shape[3], _MEAN_LANES)
+    v_guesses = cdiv(value.shape[3], _V_LANES)
     from lp_inductor.kernels.triton import launch
 
     launch.quantize_operands(

@@ -96,17 +96,20 @@ def sample_operands(
     stride_kcb, stride_kch, stride_kcs, stride_kcd, stride_knb, stride_knh, stride_kns, stride_knd,
     heads, kv_heads, q_tokens, tokens,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, V_TILE: tl.constexpr, V_SHARE: tl.constexpr,
+    LANES: tl.constexpr, V_TILE: tl.constexpr,
+    V_LEAST: tl.constexpr, V_EXACT: tl.constexpr,
     Q_ROPE: tl.constexpr, Q_START: tl.constexpr, Q_WIDTH: tl.constexpr, Q_TABLE: tl.constexpr,
     K_ROPE: tl.constexpr, K_START: tl.constexpr, K_WIDTH: tl.constexpr, K_TABLE: tl.constexpr,
     HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr,
-    CENTER_K: tl.constexpr, CENTER_V: tl.constexpr, GUESS: tl.constexpr,
+    CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
+    GUESS_K: tl.constexpr, GUESS_V: tl.constexpr,
     HADAMARD_QK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Means and largest numbers over evenly spread tokens of the rotated operands.
 
-    Of query and key TILE tokens; of the value 1 / V_SHARE of all, but V_TILE at least.
-    ``mean`` (batch, kv_heads, dim); with GUESS the largest number of the sample without its mean,
+    Of query and key TILE tokens; of the value an eighth of all, with V_EXACT all from 32768 on and
+    ever fewer below, but V_LEAST at least.
+    ``mean`` (batch, kv_heads, dim); ``guess`` the largest number of the sample without its mean,
     (batch, heads), of the value one for LANES lanes. A value is sampled before a Hadamard matrix,
     the others behind it. Grid (heads of the query and the key, and of the value as often as there
     are LANES in its dim, of those that are there; batch).
@@ -127,7 +130,7 @@ def sample_operands(
                 q_guess_ptr, q_guess_ptr, batch * heads + head, q_tokens,
                 stride_qs, stride_qd, stride_qcs, stride_qcd, stride_qns, stride_qnd,
                 D, DP, TILE, Q_ROPE, Q_START, Q_WIDTH, Q_TABLE,
-                HADAMARD_QK, False, GUESS, INTERPRET,
+                HADAMARD_QK, False, True, INTERPRET,
             )  # fmt: skip
         program -= heads
     if HAS_K:
@@ -140,7 +143,7 @@ def sample_operands(
                 k_mean_ptr, k_guess_ptr, batch * kv_heads + head, tokens,
                 stride_ks, stride_kd, stride_kcs, stride_kcd, stride_kns, stride_knd,
                 D, DP, TILE, K_ROPE, K_START, K_WIDTH, K_TABLE,
-                HADAMARD_QK, CENTER_K, GUESS, INTERPRET,
+                HADAMARD_QK, CENTER_K, GUESS_K, INTERPRET,
             )  # fmt: skip
         program -= kv_heads
     if HAS_V:
@@ -148,7 +151,11 @@ def sample_operands(
             head = (program % kv_heads).to(tl.int64)
             part = program // kv_heads
             lanes = part * LANES + tl.arange(0, LANES)
-            v_samples = tl.maximum(tokens // V_SHARE, V_TILE)
+            v_samples = tokens // 8
+            if V_EXACT:
+                share = tl.cast(tokens, tl.int64) * tokens // 32768
+                v_samples = tl.minimum(share, tokens).to(tl.int32)
+            v_samples = tl.maximum(v_samples, V_LEAST)
             mean, amax = _sample_lanes(
                 v_ptr + batch * stride_vb + head * stride_vh, lanes, tokens, v_samples,
                 stride_vs, stride_vd, DV, LANES, V_TILE, CENTER_V,
@@ -156,7 +163,7 @@ def sample_operands(
             row = batch * kv_heads + head
             if CENTER_V:
                 tl.store(v_mean_ptr + row * DV + lanes, mean, mask=lanes < DV)
-            if GUESS:
+            if GUESS_V:
                 tl.store(v_guess_ptr + row * tl.cdiv(DV, LANES) + part, amax)
 
 
