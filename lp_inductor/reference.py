@@ -113,9 +113,8 @@ def quantize_centered(
     Returns:
         quantised (batch, heads, tokens, head_dim), float8_e4m3fn; descale as by :func:`quantize`;
         mean (batch, heads, 1, head_dim), float32, to be added to the attention output: what the
-        quantised value is short of on average, so that rounding does not move the mean. (Kernels
-        may take any constant near it that the value is short of.) With ``hadamard`` all three are
-        of the transformed value: so is attention over it.
+        quantised value is short of on average, so that rounding does not move the mean. With
+        ``hadamard`` all three are of the transformed value: so is attention over it.
     """
     x = x.float()
     if hadamard:

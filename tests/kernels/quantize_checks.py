@@ -43,7 +43,7 @@ def sampled_mean(x: Tensor, samples: int = 64) -> Tensor:
 
 def value_samples(tokens: int, exact: bool = False) -> int:
     """Of how many tokens a value's mean is taken."""
-    return max(128, min(tokens**2 // 32768, tokens) if exact else tokens // 8)
+    return max(128, min(tokens**2 // 32768, tokens) if exact else tokens // 32)
 
 
 def by_token(descale: Tensor, tokens: int, group_size: int = 1) -> Tensor:
@@ -112,6 +112,7 @@ def check_settled(tokens: int, device: torch.device) -> None:
     key[0, 4, 1, 1] = 1e-6
     value[1, 3, 1, 0] = 1e4
     value[0, 5] = 0.0
+    sampled = sampled_mean(value, value_samples(tokens))
     for transpose in (False, True):
         done = quantize_per_head(
             Operands(query, key, value),
@@ -126,7 +127,7 @@ def check_settled(tokens: int, device: torch.device) -> None:
         for x, got, descale, again, size in (
             (query, done.query, done.q_descale, {(1, 2)}, group),
             (key - sampled_mean(key), done.key, done.k_descale, {(1, 2), (0, 4)}, 1),
-            (value - done.v_mean, value8, done.v_descale, {(1, 3)}, 1),
+            (value - sampled, value8, done.v_descale, {(1, 3)}, 1),
         ):
             share, ulps = fp8_distance(got, rounded(x, descale, size))
             assert share <= MAX_SHARE and (ulps <= 1 or share < 1e-4)
@@ -134,6 +135,10 @@ def check_settled(tokens: int, device: torch.device) -> None:
             settled = ((descale / exact - 1).abs() < 1e-5).nonzero().tolist()
             assert {tuple(entry) for entry in settled} == again
         assert done.v_descale[0, 5] == 1
+        # The mean that is returned makes up for rounding, but where a head was rounded again.
+        short = (value - value8.float() * done.v_descale[:, :, None, None]).mean(2, keepdim=True)
+        short[1, 3] = sampled[1, 3]
+        torch.testing.assert_close(done.v_mean, short, rtol=1e-4, atol=1e-5)
 
 
 def check_rows(r: Rotation, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -165,13 +170,14 @@ def check_value(shape: tuple[int, ...], device: torch.device, transpose: bool) -
     got, descale, mean = quantize_value_triton(x, transpose=transpose)
     assert got.shape == shape
     assert descale.shape == shape[:2]
-    torch.testing.assert_close(mean, sampled_mean(x, value_samples(shape[2], exact=True)))
-    exact = exact_descale(x - mean)
+    centered = x - sampled_mean(x, value_samples(shape[2], exact=True))
+    exact = exact_descale(centered)
     assert (descale >= exact * 0.999).all()
     assert ((descale <= exact * 8.001) | (exact == 0)).all()
-    share, ulps = fp8_distance(got, rounded(x - mean, descale))
+    share, ulps = fp8_distance(got, rounded(centered, descale))
     assert share <= MAX_SHARE and (ulps <= 1 or share < 1e-4)
     restored = got.float() * by_token(descale, shape[2]) + mean
+    torch.testing.assert_close(restored.mean(2), x.mean(2), rtol=1e-5, atol=1e-5)
     assert sqnr(restored, x) > MIN_DB[torch.float8_e4m3fn]
     stored = transpose_value(got)
     assert (stored.data_ptr() == got.data_ptr()) == transpose

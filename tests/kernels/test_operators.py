@@ -65,8 +65,9 @@ def test_value(hadamard: bool, scales: str, static: float | None) -> None:
     spread = reference.hadamard(x) if hadamard else x
     assert got.dtype == FP8 and mean.shape == (2, 3, 1, 32)
     assert sqnr(spread, reference.dequantize(got, descale) + mean) > 28
-    # That of a sample, or of all tokens: what remains has next to no mean.
-    torch.testing.assert_close(mean, spread.mean(dim=2, keepdim=True), atol=0.5, rtol=0)
+    # Rounding does not move the mean.
+    again = reference.dequantize(got, descale).mean(dim=2, keepdim=True) + mean
+    torch.testing.assert_close(again, spread.mean(dim=2, keepdim=True), atol=1e-4, rtol=1e-4)
 
 
 @interpreted

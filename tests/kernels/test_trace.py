@@ -100,7 +100,7 @@ def launches(graph: GraphModule) -> list[list[str]]:
 WRITTEN = {
     "k_mean_ptr", "v_mean_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr", "q_descale_ptr",
     "k_descale_ptr", "v_descale_ptr", "q_partial_ptr", "k_partial_ptr", "v_partial_ptr",
-    "q_guess_ptr", "k_guess_ptr", "v_guess_ptr", "mean_ptr", "out_ptr",
+    "q_guess_ptr", "k_guess_ptr", "v_guess_ptr", "lost_ptr", "mean_ptr", "out_ptr",
 }  # fmt: skip
 
 

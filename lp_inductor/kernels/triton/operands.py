@@ -121,9 +121,7 @@ def sample(
     Args:
         operands: those to look at.
         center_key: by the mean of at most 64 tokens.
-        center_value: by that of one token in 8, but 128 at least. The mean that a sample leaves is
-            multiplied by what rounding does to all values alike: at one token in 128 that cost 0.8
-            dB at 131072 tokens.
+        center_value: by that of one token in 32, but 128 at least.
         exact_mean: by that of all from 32768 tokens on, and of ever fewer below. For kernels that
             add the products of all tokens in the matrix unit: a sum of one sign loses 1 % there at
             16384 tokens, and 2 % at 131072.
@@ -241,8 +239,9 @@ def quantize_per_head(
         query_rows: give the query a scale a row instead.
         qk_dtype: float8_e4m3fn; or int8 for query and key, which then have a scale a row.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
-        center_value: subtract the mean of a sample of tokens, which is returned.
-        exact_mean: of all tokens where there are many: see :func:`sample`.
+        center_value: subtract the mean of a sample of tokens, which is returned, with what rounding
+            took from all of them on average (but where a guessed scale was too small).
+        exact_mean: the mean of all tokens where there are many: see :func:`sample`.
         transpose_value: store the value as our own attention kernel reads it.
         cut: None: as measured best.
 
@@ -273,7 +272,15 @@ def quantize_per_head(
             (operands.value, whole.v_tokens),
         )
     ]
-    more: dict[str, Any] = {"partials": partials, "group": group_size, "transpose": transpose_value}
+    lost = None
+    if samples.v_mean is not None:
+        lost = _empty(
+            operands.value,
+            lambda t: (*t.shape[:2], _entries(t, whole.v_tokens), padded_lanes(t.shape[3])),
+        )
+    more: dict[str, Any] = {
+        "partials": partials, "lost": lost, "group": group_size, "transpose": transpose_value
+    }  # fmt: skip
     modes = (ROW if query_rows else GUESSED, ROW if key_rows else GUESSED, GUESSED)
     for part in [operands] if cut is not None else parts_of(operands, transpose_value):
         _launch(part, out, modes, samples, cut=cut, **more)
@@ -344,6 +351,7 @@ def _launch(
     samples: Samples,
     *,
     cut: Cut | None = None,
+    lost: Tensor | None = None,
     given: tuple[float, float, float] = (1.0, 1.0, 1.0),
     partials: Sequence[Tensor | None] = (None, None, None),
     group: int = 1,
@@ -376,7 +384,7 @@ def _launch(
     k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
     pointers = (
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
-        out.q_descale, out.k_descale, out.v_descale, *partials, *samples.guesses,
+        out.q_descale, out.k_descale, out.v_descale, *partials, *samples.guesses, lost,
     )  # fmt: skip
     v_guesses = cdiv(value.shape[3], _V_LANES)
     from lp_inductor.kernels.triton import launch
@@ -402,7 +410,7 @@ def _launch(
         CENTER_K=samples.k_mean is not None, CENTER_V=samples.v_mean is not None,
         HADAMARD_QK=operands.hadamard_qk, HADAMARD_V=operands.hadamard_v,
         INT8=torch.int8 in (t.dtype for t in (out.query, out.key) if t is not None),
-        TRANSPOSE=transpose, GROUP=group, GROUP_PADDED=_power(group),
+        TRANSPOSE=transpose, LOST=lost is not None, GROUP=group, GROUP_PADDED=_power(group),
         V_GUESSES=v_guesses, V_GUESSES_PADDED=_power(v_guesses), KEEP=cut.keep,
         SPLITS=splits, NUM_STAGES=cut.stages, INTERPRET=interpreted(), num_warps=cut.warps,
     )  # fmt: skip

@@ -14,7 +14,11 @@ behind it, with SPLITS, compares. It is over at once, unless a number did not fi
 the head again, with the scale that is known by then.
 
 Subtracting any constant from all keys changes no attention, and what is subtracted from the values
-is added to the result. So the mean over a sample of the tokens serves as well as over all.
+is added to the result. So the mean over a sample of the tokens serves as well as over all. But
+rounding moves the mean of the values: bfloat16 has so few numbers that many tokens are rounded
+alike, and over 131072 of them attention's result is small beside what that adds up to. So what
+rounding takes from every tile is written down too, and the launch behind adds its mean to that
+which is added to the result.
 """
 
 from __future__ import annotations
@@ -78,11 +82,11 @@ def _store_transposed(
 
 @triton.jit
 def _one_head(
-    low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr,
+    low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr, lost_ptr,
     inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
     D: tl.constexpr, DP: tl.constexpr, ROW_BYTES: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, SCALE: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr,
-    INT8: tl.constexpr, TRANSPOSE: tl.constexpr, INTERPRET: tl.constexpr,
+    INT8: tl.constexpr, TRANSPOSE: tl.constexpr, LOST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the rotation."""
     row = batch * heads + head
@@ -105,6 +109,12 @@ def _one_head(
         tl.store(partial_ptr + row * (blocks + 1) + blocks, 0.0, mask=block == 0)
     low8 = round_to(low * inverse, INT8, INTERPRET)
     high8 = round_to(high * inverse, INT8, INTERPRET)
+    if LOST and SCALE == 4:
+        low_lanes, high_lanes = lanes_of(DP, ROPE)
+        low_lost = tl.where(exists, low - low8.to(tl.float32) / inverse, 0.0)
+        high_lost = tl.where(exists, high - high8.to(tl.float32) / inverse, 0.0)
+        tl.store(lost_ptr + entry * DP + low_lanes, tl.sum(low_lost, 0))
+        tl.store(lost_ptr + entry * DP + high_lanes, tl.sum(high_lost, 0))
     if TRANSPOSE:
         padded = tl.cdiv(tokens, 16) * 16
         out = out_ptr + row * D * padded.to(tl.int64)
@@ -137,8 +147,24 @@ def _largest(ptr, count):
 
 
 @triton.jit
+def _make_up(
+    lost_ptr, mean_ptr, row, lanes, blocks, tokens,
+    D: tl.constexpr, DP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add to the means of some lanes what rounding has taken from all tokens."""
+    total = tl.zeros((64, LANES), tl.float32)
+    for first in range(0, blocks, 64):
+        entries = first + tl.arange(0, 64)
+        pointers = lost_ptr + (row * (blocks + 1) + entries)[:, None] * DP + lanes[None, :]
+        total += tl.load(pointers, mask=(entries < blocks)[:, None], other=0.0)
+    means = mean_ptr + row * D + lanes
+    mean = tl.load(means, mask=lanes < D, other=0.0) + tl.sum(total, 0) / tokens
+    tl.store(means, mean, mask=lanes < D)
+
+
+@triton.jit
 def _tile(
-    head, block, x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr,
+    head, block, x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
     stride_xb, stride_xh, stride_xs, stride_xd,
     stride_cb, stride_ch, stride_cs, stride_cd,
     stride_sb, stride_sh, stride_ss, stride_sd,
@@ -146,7 +172,7 @@ def _tile(
     D: tl.constexpr, DP: tl.constexpr, ROW_BYTES: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     SCALE: tl.constexpr, CENTER: tl.constexpr, HADAMARD: tl.constexpr, INT8: tl.constexpr,
-    TRANSPOSE: tl.constexpr, KEPT: tl.constexpr, INTERPRET: tl.constexpr,
+    TRANSPOSE: tl.constexpr, LOST: tl.constexpr, KEPT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """TILE tokens of one head. KEPT: the rotation's tables have been loaded."""
     tokens_mine = block * TILE + tl.arange(0, TILE)
@@ -172,15 +198,16 @@ def _tile(
         exists, stride_xs, stride_xd, D, DP, TILE, ROPE, START, WIDTH,
     )  # fmt: skip
     _one_head(
-        low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr,
+        low, high, low_mean, high_mean, out_ptr, descale_ptr, partial_ptr, lost_ptr,
         inverse, batch, head, heads, block, blocks, tokens_mine, exists, tokens,
-        D, DP, ROW_BYTES, TILE, ROPE, SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, INTERPRET,
+        D, DP, ROW_BYTES, TILE, ROPE, SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, LOST, INTERPRET,
     )  # fmt: skip
 
 
 @triton.jit
 def _tiles(
     program, x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr, guess_ptr,
+    lost_ptr,
     stride_xb, stride_xh, stride_xs, stride_xd,
     stride_cb, stride_ch, stride_cs, stride_cd,
     stride_sb, stride_sh, stride_ss, stride_sd,
@@ -189,7 +216,7 @@ def _tiles(
     HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
     TABLE_PER_HEAD: tl.constexpr, SCALE: tl.constexpr, CENTER: tl.constexpr,
-    HADAMARD: tl.constexpr, INT8: tl.constexpr, TRANSPOSE: tl.constexpr,
+    HADAMARD: tl.constexpr, INT8: tl.constexpr, TRANSPOSE: tl.constexpr, LOST: tl.constexpr,
     GROUP: tl.constexpr, GUESSES: tl.constexpr, GUESSES_PADDED: tl.constexpr, KEEP: tl.constexpr,
     SPLITS: tl.constexpr, NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -218,16 +245,21 @@ def _tiles(
         descale = tl.where(fits & (amax > 0), descale, descale_of(amax, False))
         last = tl.where(fits, 0, blocks)
         tl.store(descale_ptr + row // GROUP, descale, mask=split == 0)
+        if LOST:
+            LANES: tl.constexpr = max(DP // SPLITS, 1)
+            if fits & (split * LANES < D):
+                lanes = split * LANES + tl.arange(0, LANES)
+                _make_up(lost_ptr, mean_ptr, row, lanes, blocks, tokens, D, DP, LANES)
         for block in range(split, last, SPLITS):
             _tile(
                 head, tl.cast(block, tl.int32),
-                x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr,
+                x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
                 stride_xb, stride_xh, stride_xs, stride_xd,
                 stride_cb, stride_ch, stride_cs, stride_cd,
                 stride_sb, stride_sh, stride_ss, stride_sd,
                 low_cos, low_sin, high_cos, high_sin, 1.0 / descale, batch, heads, blocks, tokens,
                 D, DP, ROW_BYTES, TILE, ROPE, START, WIDTH, TABLE,
-                3, CENTER, HADAMARD, INT8, TRANSPOSE, False, INTERPRET,
+                3, CENTER, HADAMARD, INT8, TRANSPOSE, False, False, INTERPRET,
             )  # fmt: skip
     else:
         groups = heads // HEADS
@@ -253,13 +285,14 @@ def _tiles(
                 descale = _guess(guess_ptr, batch * heads + head, GROUP, GUESSES, GUESSES_PADDED)
                 inverse = 1.0 / descale
             _tile(
-                head, block, x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr,
+                head, block,
+                x_ptr, cos_ptr, sin_ptr, mean_ptr, out_ptr, descale_ptr, partial_ptr, lost_ptr,
                 stride_xb, stride_xh, stride_xs, stride_xd,
                 stride_cb, stride_ch, stride_cs, stride_cd,
                 stride_sb, stride_sh, stride_ss, stride_sd,
                 low_cos, low_sin, high_cos, high_sin, inverse, batch, heads, blocks, tokens,
                 D, DP, ROW_BYTES, TILE, ROPE, START, WIDTH, TABLE,
-                SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, KEPT, INTERPRET,
+                SCALE, CENTER, HADAMARD, INT8, TRANSPOSE, LOST, KEPT, INTERPRET,
             )  # fmt: skip
 
 
@@ -267,7 +300,7 @@ def _tiles(
 def quantize_operands(
     q_ptr, k_ptr, v_ptr, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, k_mean_ptr, v_mean_ptr,
     q_out_ptr, k_out_ptr, v_out_ptr, q_descale_ptr, k_descale_ptr, v_descale_ptr,
-    q_partial_ptr, k_partial_ptr, v_partial_ptr, q_guess_ptr, k_guess_ptr, v_guess_ptr,
+    q_partial_ptr, k_partial_ptr, v_partial_ptr, q_guess_ptr, k_guess_ptr, v_guess_ptr, lost_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
@@ -286,7 +319,7 @@ def quantize_operands(
     Q_SCALE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
     HADAMARD_QK: tl.constexpr, HADAMARD_V: tl.constexpr, INT8: tl.constexpr,
-    TRANSPOSE: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    TRANSPOSE: tl.constexpr, LOST: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     V_GUESSES: tl.constexpr, V_GUESSES_PADDED: tl.constexpr, KEEP: tl.constexpr,
     SPLITS: tl.constexpr, NUM_STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +333,8 @@ def quantize_operands(
     zero in the last. (One entry more than there are blocks: that this is not one needs no guard in
     a traced graph.) ``inverse`` is 1 / descale where the scale is GIVEN. ``guess`` holds the
     largest numbers of samples, one a head, of the value V_GUESSES. GROUP heads of a query share a
-    scale.
+    scale. With LOST ``lost`` (batch, heads, blocks + 1, DVP) is what rounding takes from the tokens
+    of a tile, and with SPLITS the value's mean gets their mean.
     """
     program = tl.program_id(0)
     q_programs = 0
@@ -321,38 +355,38 @@ def quantize_operands(
         if program < q_programs:
             _tiles(
                 program, q_ptr, q_cos_ptr, q_sin_ptr, q_ptr, q_out_ptr, q_descale_ptr,
-                q_partial_ptr, q_guess_ptr, stride_qb, stride_qh, stride_qs, stride_qd,
+                q_partial_ptr, q_guess_ptr, lost_ptr, stride_qb, stride_qh, stride_qs, stride_qd,
                 stride_qcb, stride_qch, stride_qcs, stride_qcd,
                 stride_qnb, stride_qnh, stride_qns, stride_qnd,
                 tl.cast(q_inverse, tl.float32), heads, q_tokens,
                 D, DP, ROW_BYTES, Q_TILE, Q_HEADS, Q_HEADS_FIRST,
                 Q_ROPE, Q_START, Q_WIDTH, Q_TABLE, Q_TABLE_PER_HEAD,
-                Q_SCALE, False, HADAMARD_QK, INT8, False, GROUP, GROUP, GROUP_PADDED, KEEP,
+                Q_SCALE, False, HADAMARD_QK, INT8, False, False, GROUP, GROUP, GROUP_PADDED, KEEP,
                 SPLITS, NUM_STAGES, INTERPRET,
             )  # fmt: skip
     if K_SCALE != 0:
         if (program >= q_programs) & (program < q_programs + k_programs):
             _tiles(
                 program - q_programs, k_ptr, k_cos_ptr, k_sin_ptr, k_mean_ptr, k_out_ptr,
-                k_descale_ptr, k_partial_ptr, k_guess_ptr,
+                k_descale_ptr, k_partial_ptr, k_guess_ptr, lost_ptr,
                 stride_kb, stride_kh, stride_ks, stride_kd,
                 stride_kcb, stride_kch, stride_kcs, stride_kcd,
                 stride_knb, stride_knh, stride_kns, stride_knd,
                 tl.cast(k_inverse, tl.float32), kv_heads, tokens,
                 D, DP, ROW_BYTES, K_TILE, K_HEADS, K_HEADS_FIRST,
                 K_ROPE, K_START, K_WIDTH, K_TABLE, K_TABLE_PER_HEAD,
-                K_SCALE, CENTER_K, HADAMARD_QK, INT8, False, 1, 1, 1, KEEP,
+                K_SCALE, CENTER_K, HADAMARD_QK, INT8, False, False, 1, 1, 1, KEEP,
                 SPLITS, NUM_STAGES, INTERPRET,
             )  # fmt: skip
     if V_SCALE != 0:
         if program >= q_programs + k_programs:
             _tiles(
                 program - q_programs - k_programs, v_ptr, v_ptr, v_ptr, v_mean_ptr, v_out_ptr,
-                v_descale_ptr, v_partial_ptr, v_guess_ptr,
+                v_descale_ptr, v_partial_ptr, v_guess_ptr, lost_ptr,
                 stride_vb, stride_vh, stride_vs, stride_vd,
                 0, 0, 0, 0, 0, 0, 0, 0,
                 tl.cast(v_inverse, tl.float32), kv_heads, tokens,
                 DV, DVP, V_ROW_BYTES, V_TILE, V_HEADS, V_HEADS_FIRST, 0, 0, 2, 2, False,
-                V_SCALE, CENTER_V, HADAMARD_V, False, TRANSPOSE, 1, V_GUESSES, V_GUESSES_PADDED,
-                False, SPLITS, NUM_STAGES, INTERPRET,
+                V_SCALE, CENTER_V, HADAMARD_V, False, TRANSPOSE, LOST, 1,
+                V_GUESSES, V_GUESSES_PADDED, False, SPLITS, NUM_STAGES, INTERPRET,
             )  # fmt: skip

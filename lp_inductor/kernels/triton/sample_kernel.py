@@ -107,7 +107,7 @@ def sample_operands(
 ):  # fmt: skip
     """Means and largest numbers over evenly spread tokens of the rotated operands.
 
-    Of query and key TILE tokens; of the value an eighth of all, with V_EXACT all from 32768 on and
+    Of query and key TILE tokens; of the value one in 32, with V_EXACT all from 32768 on and
     ever fewer below, but V_LEAST at least.
     ``mean`` (batch, kv_heads, dim); ``guess`` the largest number of the sample without its mean,
     (batch, heads), of the value one for LANES lanes. A value is sampled before a Hadamard matrix,
@@ -151,7 +151,7 @@ def sample_operands(
             head = (program % kv_heads).to(tl.int64)
             part = program // kv_heads
             lanes = part * LANES + tl.arange(0, LANES)
-            v_samples = tokens // 8
+            v_samples = tokens // 32
             if V_EXACT:
                 share = tl.cast(tokens, tl.int64) * tokens // 32768
                 v_samples = tl.minimum(share, tokens).to(tl.int32)
