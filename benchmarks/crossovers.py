@@ -1,8 +1,6 @@
 """Write the table of measured crossovers from recorded sweeps of whole layers.
 
-    python -m benchmarks.crossovers benchmarks/results/layer_speed_*.json
-
-Where several cards of one compute capability were measured, the least speed-up counts.
+python -m benchmarks.crossovers benchmarks/results/layer_speed_*.json
 """
 
 from __future__ import annotations
@@ -16,30 +14,36 @@ from typing import Any
 from benchmarks.attention_speed import HEADS
 
 MODULE = Path(__file__).parents[1] / "lp_inductor" / "kernels" / "measured.py"
-#: Kernels of the table, by the name of their speed-up in a sweep.
-KERNELS = {
-    "triton is faster by": "triton",
-    "triton int8 is faster by": "triton int8",
-    "fa3 fp8 is faster by": "fa3",
-}
+#: Columns of a sweep: the rivals, and the kernels of the table by theirs.
+RIVALS = ("flash bf16", "cudnn bf16", "fa3 bf16")
+KERNELS = {"triton": "triton", "triton int8": "triton int8", "fa3 fp8": "fa3"}
 
 Speedups = dict[tuple[Any, ...], dict[str, dict[int, float]]]
 
 
 def read(paths: list[Path]) -> Speedups:
-    """The speed-ups of all sweeps."""
-    table: Speedups = defaultdict(lambda: defaultdict(dict))
+    """The speed-ups of all sweeps.
+
+    Of several sweeps of one card the least time counts, since whatever else the machine does only
+    adds to it; of several cards of one compute capability the least speed-up.
+    """
+    times: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for path in paths:
         sweep = json.loads(path.read_text())
-        capability = tuple(sweep["capability"])
         for row in sweep["rows"]:
-            grouped = row["kv_heads"] != sweep["heads"]
-            key = (capability, row["dim"], row["causal"], grouped)
-            for column, kernel in KERNELS.items():
-                if row.get(column) is not None:
-                    curve = table[key][kernel]
-                    tokens = row["tokens"]
-                    curve[tokens] = min(curve.get(tokens, row[column]), row[column])
+            key = (row["dim"], row["causal"], row["kv_heads"] != sweep["heads"], row["tokens"])
+            best = times[(tuple(sweep["capability"]), sweep["card"], *key)]
+            for name in (*RIVALS, *KERNELS):
+                if row.get(name) is not None:
+                    best[name] = min(best.get(name, row[name]), row[name])
+    table: Speedups = defaultdict(lambda: defaultdict(dict))
+    for (capability, _, *call, tokens), best in times.items():
+        rival = min(best[name] for name in RIVALS if name in best)
+        for name, kernel in KERNELS.items():
+            if name in best:
+                curve = table[(capability, *call)][kernel]
+                speedup = round(rival / best[name], 3)
+                curve[tokens] = min(curve.get(tokens, speedup), speedup)
     return table
 
 

@@ -66,6 +66,8 @@ def measure(model: nn.Module, text: Tensor, length: int) -> dict[str, Any]:
     sites = explain(logits, ids).sites
     fused = sum(s.fused for s in sites)
     row["sites rewritten by default"] = f"{fused}/{len(sites)}"
+    forced = explain(logits, ids, config=Fp8Config(force=True)).sites
+    row["kernels"] = sorted({site.kernel for site in forced if site.kernel})
     if 0 < fused < len(sites):
         compiled["default"] = compile_with_fp8_fusion(logits, dynamic=False)
     for name, run in compiled.items():

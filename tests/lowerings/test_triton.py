@@ -6,6 +6,7 @@ interpreter.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +132,25 @@ def test_a_site_is_one_quantisation_and_one_attention(hopper: None, way: str) ->
     assert set(counts) <= {"sample_operands", "quantize_operands", "transform_means"}
     assert counts["quantize_operands"] in (2, 3)
     assert not any(str(n.target).startswith("aten.amax") for n in graph.nodes)
+
+
+@compiled
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_copied_for_what_kernels_write_to(hopper: None, way: str) -> None:
+    """Inductor lets every kernel write in place, also where one goes over another's result."""
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
+
+    def model(*tensors: Tensor) -> Tensor:
+        return attend(*quantised(*tensors, **WAYS[way][0]))
+
+    graph = lowered(model)
+    (parameter,) = list(inspect.signature(FakeTensorUpdater).parameters.values())[:1]
+    updater = FakeTensorUpdater(graph.owning_module if parameter.name == "gm" else graph)  # type: ignore[arg-type]
+    reinplace_inplaceable_ops(updater, graph)
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_functional
+    calls = [node for node in graph.nodes if node.target is wrapper]
+    assert calls and not any(node.kwargs["tensors_to_clone"] for node in calls)
 
 
 @compiled
