@@ -17,6 +17,8 @@ from torch.export import Dim, ExportedProgram
 
 import lp_inductor
 from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility
+from lp_inductor.kernels import get_kernel
+from lp_inductor.kernels.fa3 import Fa3Kernel, Fa3Library
 from lp_inductor.reference import per_head
 from tests import models
 from tests.test_rewrites import qkv
@@ -45,7 +47,7 @@ class LibraryKernel(Kernel):
 
     name = "library"
     portable = True
-    libraries = (TEST_LIBRARY,)
+    libraries = (TEST_LIBRARY,)  # type: ignore[assignment]
 
     def availability(self, device: torch.device) -> Ok | Miss:
         """On a CPU."""
@@ -76,6 +78,24 @@ class LibraryKernel(Kernel):
         v = value.float() * per_head(v_descale, value.shape[1])
         out: Tensor = torch.ops.lp_test.attention(q, k, v, visible.is_causal, scale)
         return out.to(out_dtype)
+
+
+class AdaptedKernel(Fa3Kernel):
+    """FA3's kernel on a CPU, with the operator of ``library.cpp`` that has FA3's signature."""
+
+    name = "adapted"
+    measured_as = None
+    portable = True
+
+    def __init__(self) -> None:
+        module = "lp_test_fa3_interface"
+        super().__init__((Fa3Library("lp-test-fa3", module, "lp_test_fa3", "lp_test_fa3_config"),))
+
+    def availability(self, device: torch.device) -> Ok | Miss:
+        """Where the operator takes what it must."""
+        library = self.library()
+        assert library is not None and device.type == "cpu"
+        return self._check_build(library)
 
 
 def save(path: Path, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -147,6 +167,31 @@ def build_library(folder: Path) -> None:
     save(folder / "library.pt", qkv(), [exact])
 
 
+def build_adapted(folder: Path) -> None:
+    """A package that calls an operator with the signature of FA3's, by an adapter."""
+    # Importing a package of FA3 loads its operator.
+    interface = "import torch; torch.ops.load_library(__file__.replace(MODULE, 'lp_test.so'))\n"
+    interface = interface.replace("MODULE", "'lp_test_fa3_interface.py'")
+    (folder / "lp_test_fa3_interface.py").write_text(interface)
+    sys.path.insert(0, str(folder))
+    lp_inductor.register_kernel(AdaptedKernel())
+    dims = {0: Dim("batch", min=1, max=8), 2: Dim("tokens", min=2, max=8192)}
+    program = torch.export.export(
+        models.Attention(models.llama),
+        tuple(llama_inputs(*SIZES[0])),
+        dynamic_shapes=((dims, dims, dims),),
+        strict=True,
+    )
+    guards = list(shape_env_of(program).guards)
+    lp_inductor.aoti_compile_and_package(
+        program,
+        package_path=folder / "adapted.pt2",
+        config={"kernel": "adapted"},
+        libraries=["lp-test-fa3"],
+    )
+    assert list(shape_env_of(program).guards) == guards
+
+
 def build_language_model(folder: Path) -> None:
     """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it.
 
@@ -168,7 +213,10 @@ def build_language_model(folder: Path) -> None:
 
 
 def build_gpu(folder: Path) -> None:
-    """For each kernel that a package may hold on this GPU: two models, and what JIT returns."""
+    """For each kernel that a package may hold on this GPU: a package, and what JIT returns.
+
+    Strict export: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
+    """
     stock_program = torch.export.export(
         models.Attention(models.no_rope), tuple(t.cuda() for t in qkv())
     )
@@ -178,11 +226,19 @@ def build_gpu(folder: Path) -> None:
         operands = [t.cuda() for t in llama_inputs(2, 256)]
         config = {"kernel": name, "force": True}
         program = torch.export.export(
-            models.Attention(models.llama), tuple(operands), dynamic_shapes=((dims,) * 3,)
+            models.Attention(models.llama),
+            tuple(operands),
+            dynamic_shapes=((dims,) * 3,),
+            strict=True,
         )
+        guards = list(shape_env_of(program).guards)
         lp_inductor.aoti_compile_and_package(
-            program, package_path=folder / f"{name}.pt2", config=config
+            program,
+            package_path=folder / f"{name}.pt2",
+            config=config,
+            libraries=[library.name for library in get_kernel(name).libraries],
         )
+        assert list(shape_env_of(program).guards) == guards
         compiled = lp_inductor.compile_with_fp8_fusion(models.llama, config)
         for n, tokens in enumerate((256, 1024)):
             inputs = llama_inputs(2, tokens)
@@ -196,13 +252,19 @@ def build_gpu(folder: Path) -> None:
 
 
 def gpu_kernels() -> list[str]:
-    """The registered kernels that a package may hold, without a library, on this GPU."""
+    """The registered kernels that a package may hold on this GPU, with a library or without."""
     device = torch.device("cuda")
     return [
         kernel.name
         for kernel in lp_inductor.registered_kernels()
-        if kernel.portable and not kernel.libraries and isinstance(kernel.availability(device), Ok)
+        if kernel.portable and isinstance(kernel.availability(device), Ok)
     ]
+
+
+def library_files(kernel: str) -> list[str]:
+    """The shared libraries of a kernel that this process has loaded, as a package wants them."""
+    operators = [op for library in get_kernel(kernel).libraries for op in library.operators]
+    return [sys.modules[f"{op.partition('::')[0]}._C"].__file__ or "" for op in operators]
 
 
 def build_upstream(folder: Path) -> None:
@@ -246,7 +308,12 @@ class Prefill(nn.Module):
 
 
 BUILDS: dict[str, Callable[[Path], Any]] = {
-    "packages": lambda folder: (build_models(folder), build_library(folder)),
+    "packages": lambda folder: (
+        build_models(folder),
+        build_library(folder),
+        build_adapted(folder),
+    ),
+    "adapted": build_adapted,
     "language_model": build_language_model,
     "gpu": build_gpu,
     "upstream": build_upstream,
