@@ -78,6 +78,7 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
     import torch
 
     import lp_inductor
+    from lp_inductor.toolchain import linked_libraries
 
     tokens, device = options.tokens, options.device
     config = {"kernel": options.kernel, "force": True}
@@ -90,7 +91,10 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
         program = torch.export.export(model, (inputs[0],), dynamic_shapes=lengths, strict=True)
         begin = time.perf_counter()
         if variant == "stock":
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            linked = {"aot_inductor.custom_op_libs": linked_libraries()}
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=linked
+            )
         else:
             lp_inductor.aoti_compile_and_package(program, package_path=package, config=config)
         package_seconds = time.perf_counter() - begin

@@ -33,8 +33,10 @@ from lp_inductor.package import PackageError, describe_package
 from lp_inductor.passes.capture import capture
 from lp_inductor.passes.result import Ok
 from lp_inductor.passes.site import Site
+from lp_inductor.toolchain import linked_libraries
 
 _METADATA = "aot_inductor.metadata"
+_LINKED = "aot_inductor.custom_op_libs"
 _SHIMS = "aot_inductor.custom_ops_to_c_shims"
 
 
@@ -141,7 +143,13 @@ def aoti_inductor_configs(
     Raises:
         ConfigError: for a wrong configuration.
     """
-    return _configs(make_config(config), inductor_configs or {}, _rules(libraries), None)
+    from torch._inductor import config as inductor_config
+
+    configs = _configs(make_config(config), inductor_configs or {}, _rules(libraries), None)
+    if linked := linked_libraries():
+        theirs = configs.get(_LINKED, inductor_config.aot_inductor.custom_op_libs)
+        configs[_LINKED] = [*(theirs or ()), *linked]
+    return configs
 
 
 def aoti_compile_and_package(
@@ -267,8 +275,9 @@ def _configs(
     shims = _shims(rules)
     lowering = patches["post_grad_custom_pre_pass"]
     patches["post_grad_custom_pre_pass"] = _compat.chain_passes(lowering, PortabilityPass(shims))
-    theirs = patches.get(_SHIMS, inductor_config.aot_inductor.custom_ops_to_c_shims)
-    patches[_SHIMS] = {**theirs, **shims}
+    if shims:
+        theirs = patches.get(_SHIMS, inductor_config.aot_inductor.custom_ops_to_c_shims)
+        patches[_SHIMS] = {**theirs, **shims}
     patches[_METADATA] = dict(patches.get(_METADATA, inductor_config.aot_inductor.metadata))
     return patches
 

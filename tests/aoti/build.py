@@ -1,7 +1,6 @@
 """Compile what the tests run, in a process of its own: ``python -m tests.aoti.build WHAT FOLDER``.
 
-A package is loaded by another process than the one that compiled it, as its users do (and as a
-GPU needs: loading where it was compiled crashes in some versions of PyTorch).
+A package is loaded by another process than the one that compiled it, as its users do.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, 
 from lp_inductor.kernels import get_kernel
 from lp_inductor.kernels.fa3 import Fa3Kernel, Fa3Library
 from lp_inductor.reference import per_head
+from lp_inductor.toolchain import linked_libraries
 from tests import models
 from tests.test_rewrites import qkv
 
@@ -220,7 +220,7 @@ def build_gpu(folder: Path) -> None:
     stock_program = torch.export.export(
         models.Attention(models.no_rope), tuple(t.cuda() for t in qkv())
     )
-    torch._inductor.aoti_compile_and_package(stock_program, package_path=str(folder / "stock.pt2"))
+    package_stock(stock_program, folder / "stock.pt2")
     for name in gpu_kernels():
         dims = {2: Dim("tokens", min=2, max=8192)}
         operands = [t.cuda() for t in llama_inputs(2, 256)]
@@ -249,6 +249,14 @@ def build_gpu(folder: Path) -> None:
                 result = compiled(*on_gpu)
             save(folder / f"{name}{n}.pt", inputs, [result.cpu()])
             save(folder / f"exact{n}.pt", inputs, [models.llama(*(t.double() for t in inputs))])
+
+
+def package_stock(program: ExportedProgram, path: Path) -> None:
+    """A package without us."""
+    linked = {"aot_inductor.custom_op_libs": linked_libraries()}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=linked
+    )
 
 
 def gpu_kernels() -> list[str]:
@@ -285,7 +293,7 @@ def build_upstream(folder: Path) -> None:
         lp_inductor.aoti_compile_and_package(program, package_path=folder / "ours.pt2")
     except PackageError as error:
         (folder / "error.txt").write_text(str(error))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "upstream.pt2"))
+    package_stock(program, folder / "upstream.pt2")
 
 
 def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:

@@ -15,6 +15,8 @@ import torch
 from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
+from lp_inductor.toolchain import linked_libraries
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
@@ -113,6 +115,7 @@ def build_shared_library(folder: Path) -> None:
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-O0", HERE / "library.cpp"]
     command += [f"-I{path}" for path in include_paths()]
     command += [f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", folder / "lp_test.so"]
+    command += [f"-l{library}" for library in linked_libraries()]
     subprocess.run(command, check=True)
 
 
