@@ -25,6 +25,9 @@ from tests.test_rewrites import qkv
 
 #: Batch sizes and lengths at which the dynamic model is run; it is exported with the first.
 SIZES = ((2, 16), (3, 40), (1, 7))
+#: Tokens of the two texts that language models are run with; they are exported with the first.
+LENGTHS = (64, 97)
+LLAMA_LAYERS = 4
 TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
 
 
@@ -205,11 +208,40 @@ def build_language_model(folder: Path) -> None:
     ids = model.tokens(load_text())
     with torch.no_grad():
         lp_inductor.aoti_compile_and_package(
-            export_prefill(model.module, ids[:, :64]), package_path=folder / "smollm2.pt2"
+            export_prefill(model.module, ids[:, : LENGTHS[0]]), package_path=folder / "model.pt2"
         )
         compiled = logits_of(compile_fp8(model.module))
-        for n, tokens in enumerate((ids[:, :64], ids[:, 64:161])):
-            save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
+        for n, tokens in enumerate(ids[:, : sum(LENGTHS)].split(LENGTHS, dim=1)):
+            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
+
+
+def build_llama(folder: Path) -> None:
+    """A Llama of SmolLM2's shape but for its depth and vocabulary, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=LLAMA_LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    prefill, ids = Prefill(model), torch.randint(0, 512, (1, sum(LENGTHS)))
+    first, *_ = parts = ids.split(LENGTHS, dim=1)
+    with torch.no_grad():
+        lp_inductor.aoti_compile_and_package(
+            export_prefill(model, first),
+            package_path=folder / "model.pt2",
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        )
+        compiled = lp_inductor.compile_with_fp8_fusion(prefill)
+        torch._dynamo.mark_dynamic(first, 1)
+        for n, tokens in enumerate(parts):
+            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
 
 
 def build_gpu(folder: Path) -> None:
@@ -299,7 +331,8 @@ def build_upstream(folder: Path) -> None:
 def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:
     """A language model without its cache, for every number of tokens."""
     lengths = ({1: Dim("tokens", min=2, max=8192)},)
-    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths)
+    # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
+    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths, strict=True)
 
 
 class Prefill(nn.Module):
@@ -322,7 +355,8 @@ BUILDS: dict[str, Callable[[Path], Any]] = {
         build_adapted(folder),
     ),
     "adapted": build_adapted,
-    "language_model": build_language_model,
+    "llama": build_llama,
+    "smollm2": build_language_model,
     "gpu": build_gpu,
     "upstream": build_upstream,
 }
