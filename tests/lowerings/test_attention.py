@@ -119,7 +119,7 @@ def test_a_kernel_of_a_library_is_inlined_in_a_package_only(package: bool) -> No
     class InLibrary(Counting):
         name = "in-library"
         portable = True
-        libraries = (Library("mine", ("mine::attention",)),)  # type: ignore[assignment]
+        libraries = (Library("mine", ("mine::attention",)),)
 
     gm = attention_graph()
     (node,) = gm.graph.find_nodes(
