@@ -10,7 +10,8 @@ attention, "reference"         its decomposition: dequantise, float32 attention
 attention, "activated"         ``aten._scaled_dot_product_flash_attention.quantized`` as it is:
                                Inductor's own fallback calls what PyTorch has activated (with
                                a C++ wrapper, which would not, like any other kernel)
-attention, a portable kernel   what its ``run`` traces to
+attention, a portable kernel   what its ``run`` traces to; of one that needs a shared library only
+                               in a package
 attention, any other kernel    ``lp_inductor::sdpa_quantized``, a fallback that calls the kernel
 =============================  ===============================================================
 
@@ -32,8 +33,8 @@ import torch
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
-from lp_inductor import reference
-from lp_inductor.kernels import registered_kernels
+from lp_inductor import _compat, reference
+from lp_inductor.kernels import Kernel, registered_kernels
 from lp_inductor.lowerings import triton
 from lp_inductor.ops import run_kernel
 from lp_inductor.passes.emit import Emitter
@@ -52,14 +53,33 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def lower_graph(graph: Graph) -> None:
-    """Lower every operator of ours, and every ATen call that we inserted, in ``graph``."""
+def lower_graph(graph: Graph, package: bool = False) -> None:
+    """Lower every operator of ours, and every ATen call that we inserted, in ``graph``.
+
+    Args:
+        graph: what is left of a graph behind Inductor's own passes.
+        package: it becomes a package, which has no guards and no Python.
+
+    Raises:
+        NewGuardError: if code for a package would fix an open size.
+    """
+    with _compat.no_new_guards(_shape_env(graph) if package else None):
+        _lower(graph, package)
+
+
+def _shape_env(graph: Graph) -> Any:
+    values = (node.meta.get("val") for node in graph.nodes if node.op == "placeholder")
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode.shape_env for mode in modes if mode is not None), None)
+
+
+def _lower(graph: Graph, package: bool) -> None:
     inliner = Inliner()
     place = {node: number for number, node in enumerate(graph.nodes)}
     calls = [node for node in place if node.target in (_OWN_ATTENTION, _ATEN_ATTENTION)]
     whole = {node: triton.match_whole_site(node) for node in calls if node.target is _OWN_ATTENTION}
     for node in calls:
-        lower_attention(node, whole.get(node), place, inliner)
+        lower_attention(node, whole.get(node), place, inliner, package)
     # What is left are quantise operators that no Triton kernel has taken over.
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DECOMPOSITIONS:
@@ -70,7 +90,11 @@ def lower_graph(graph: Graph) -> None:
 
 
 def lower_attention(
-    node: Node, site: triton.SiteCalls | None, place: Mapping[Node, int], inliner: Inliner
+    node: Node,
+    site: triton.SiteCalls | None,
+    place: Mapping[Node, int],
+    inliner: Inliner,
+    package: bool,
 ) -> None:
     """Send one attention call to its kernel, and its quantisation to Triton where that serves.
 
@@ -79,6 +103,7 @@ def lower_attention(
         site: the quantise calls that serve it alone.
         place: of every node in the graph before anything was lowered.
         inliner: of the graph.
+        package: the graph becomes a package.
     """
     kernel = kernel_of(node)
     if kernel is None:
@@ -94,8 +119,16 @@ def lower_attention(
     elif kernel == "triton":
         if compiles:
             _replace_outputs(call, triton.lower_triton_site(call, site, inliner))
-    elif any(k.portable for k in registered_kernels() if k.name == kernel):
+    elif any(_embedded(k, package) for k in registered_kernels() if k.name == kernel):
         _inline(call, run_kernel, call.args, inliner)
+
+
+def _embedded(kernel: Kernel, package: bool) -> bool:
+    """Whether the kernel's ``run`` is traced into the code.
+
+    Python may call a library as it likes, which may be cheaper than what can be traced.
+    """
+    return kernel.portable and (package or not kernel.libraries)
 
 
 def kernel_of(node: Node) -> str | None:

@@ -6,6 +6,7 @@ from lp_inductor.explain import Report, explain
 from lp_inductor.export import aoti_compile_and_package, aoti_inductor_configs
 from lp_inductor.functional import scaled_dot_product_attention_fp8
 from lp_inductor.kernels import (
+    Adapter,
     AttentionCall,
     Kernel,
     Library,
@@ -23,6 +24,7 @@ from lp_inductor.passes.site import Site
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "AttentionCall",
     "ConfigError",
     "Fp8Config",

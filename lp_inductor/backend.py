@@ -63,18 +63,22 @@ class AttentionPass(CustomGraphPass):
 
 
 class LoweringPass(CustomGraphPass):
-    """Lower what the attention pass wrote: ``post_grad_custom_pre_pass``."""
+    """Lower what the attention pass wrote: ``post_grad_custom_pre_pass``.
 
-    def __init__(self, config: Fp8Config) -> None:
+    With ``rules`` for a package.
+    """
+
+    def __init__(self, config: Fp8Config, rules: PackageRules | None = None) -> None:
         self._config = config
+        self._rules = rules
 
     def __call__(self, graph: Graph) -> None:
         """Lower every operator of ours in ``graph``."""
-        lower_graph(graph)
+        lower_graph(graph, package=self._rules is not None)
 
     def uuid(self) -> str:
         """See :func:`cache_key`."""
-        return cache_key(self._config)
+        return cache_key(self._config, self._rules)
 
 
 def source_files() -> list[Path]:
@@ -163,7 +167,7 @@ class Fp8Backend:
         patches = dict(self._inductor.config)
         hooks = {
             "joint_custom_pre_pass": AttentionPass(self.config, sink, rules),
-            "post_grad_custom_pre_pass": LoweringPass(self.config),
+            "post_grad_custom_pre_pass": LoweringPass(self.config, rules),
         }
         for name, ours in hooks.items():
             theirs = patches.get(name, getattr(inductor_config, name))

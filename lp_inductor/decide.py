@@ -36,8 +36,8 @@ class PackageRules:
 
     libraries: tuple[str, ...] = ()
 
-    def check_kernel(self, kernel: Kernel) -> Ok | Miss:
-        """Whether a package may embed the kernel."""
+    def check_kernel(self, kernel: Kernel, call: AttentionCall) -> Ok | Miss:
+        """Whether a package may embed the kernel, for this call."""
         if not kernel.portable:
             return Miss(MissCode.NOT_PORTABLE, f"{kernel.name} is called through Python")
         for library in kernel.libraries:
@@ -47,7 +47,7 @@ class PackageRules:
                     f"{kernel.name} needs the library {library.name!r} wherever the package is "
                     f"loaded; libraries=({library.name!r},) allows that",
                 )
-        return OK
+        return kernel.embeds(call)
 
 
 class Decider:

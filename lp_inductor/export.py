@@ -28,11 +28,16 @@ from lp_inductor import _compat
 from lp_inductor.backend import Fp8Backend, SiteSink, cache_key
 from lp_inductor.config import ConfigError, Fp8Config, make_config
 from lp_inductor.decide import PackageRules
+from lp_inductor.kernels import registered_kernels
 from lp_inductor.package import PackageError, describe_package
 from lp_inductor.passes.capture import capture
+from lp_inductor.passes.result import Ok
 from lp_inductor.passes.site import Site
+from lp_inductor.toolchain import linked_libraries
 
 _METADATA = "aot_inductor.metadata"
+_LINKED = "aot_inductor.custom_op_libs"
+_SHIMS = "aot_inductor.custom_ops_to_c_shims"
 
 
 class CapturePass(CustomGraphPass):
@@ -57,10 +62,14 @@ class CapturePass(CustomGraphPass):
 class PortabilityPass(CustomGraphPass):
     """Refuse to package what would fail when it runs; behind the lowering pass."""
 
+    def __init__(self, adapted: Collection[Any] = ()) -> None:
+        """``adapted``: operators of ours that the package calls in C++."""
+        self._adapted = frozenset(adapted)
+
     def __call__(self, graph: Graph) -> None:
         """Look at every call of one lowered graph."""
         for node in graph.nodes:
-            reason = _needs_python(node)
+            reason = None if node.target in self._adapted else _needs_python(node)
             if reason is not None:
                 raise PackageError(f"{node.target} cannot be packaged: {reason}")
 
@@ -134,7 +143,13 @@ def aoti_inductor_configs(
     Raises:
         ConfigError: for a wrong configuration.
     """
-    return _configs(make_config(config), inductor_configs or {}, _rules(libraries), None)
+    from torch._inductor import config as inductor_config
+
+    configs = _configs(make_config(config), inductor_configs or {}, _rules(libraries), None)
+    if linked := linked_libraries():
+        theirs = configs.get(_LINKED, inductor_config.aot_inductor.custom_op_libs)
+        configs[_LINKED] = [*(theirs or ()), *linked]
+    return configs
 
 
 def aoti_compile_and_package(
@@ -257,10 +272,35 @@ def _configs(
     theirs = patches.get("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
     capturing = CapturePass(config, record, rules)
     patches["pre_grad_custom_pass"] = _compat.chain_passes(capturing, theirs)
+    shims = _shims(rules)
     lowering = patches["post_grad_custom_pre_pass"]
-    patches["post_grad_custom_pre_pass"] = _compat.chain_passes(lowering, PortabilityPass())
+    patches["post_grad_custom_pre_pass"] = _compat.chain_passes(lowering, PortabilityPass(shims))
+    if shims:
+        theirs = patches.get(_SHIMS, inductor_config.aot_inductor.custom_ops_to_c_shims)
+        patches[_SHIMS] = {**theirs, **shims}
     patches[_METADATA] = dict(patches.get(_METADATA, inductor_config.aot_inductor.metadata))
     return patches
+
+
+def _shims(rules: PackageRules) -> dict[Any, list[str]]:
+    """C functions for the operators that kernels with an allowed library call through adapters."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapters = [
+        adapter
+        for kernel in registered_kernels()
+        for library in kernel.libraries
+        if library.name in rules.libraries and isinstance(kernel.availability(device), Ok)
+        for adapter in library.adapters
+    ]
+    return {_overload(adapter.operator): adapter.shims() for adapter in adapters}
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    """The default overload of an operator, ``"namespace::name"``."""
+    namespace, _, operator = name.partition("::")
+    overload = getattr(getattr(torch.ops, namespace), operator).default
+    assert isinstance(overload, torch._ops.OpOverload)
+    return overload
 
 
 def _rules(libraries: Collection[str]) -> PackageRules:

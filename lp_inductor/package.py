@@ -205,7 +205,8 @@ def load_package(
 
     Raises:
         PackageError: if the file holds no such model, if the model was compiled for another
-            architecture, or if an operator that it calls is in no library that is loaded.
+            architecture, if a library does not load, or if an operator that it calls is in none
+            that is loaded.
     """
     from torch._inductor.package.package import load_package as load
 
@@ -215,7 +216,11 @@ def load_package(
     info = infos[model]
     check_architecture(info, device_index)
     for library in libraries:
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            reason = error.__cause__ or error
+            raise PackageError(f"cannot load the library {library}: {reason}") from error
     check_operators(info)
     return load(
         os.fspath(path),

@@ -71,7 +71,8 @@ std::string get(const Metadata& metadata, const std::string& key) {
 }
 
 void load_library(const std::string& path) {
-  if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+  // Lazily: a library that is a Python extension too names functions of Python's that nobody calls.
+  if (dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL) == nullptr) {
     throw std::runtime_error(std::string("cannot load the library: ") + dlerror());
   }
 }

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from lp_inductor.kernels.base import AttentionCall, Kernel, Library, MaskPart, Visibility
+from lp_inductor.kernels.base import (
+    Adapter,
+    AttentionCall,
+    Kernel,
+    Library,
+    MaskPart,
+    Visibility,
+)
 from lp_inductor.kernels.registry import (
     choose_kernel,
     get_kernel,
@@ -14,6 +21,7 @@ from lp_inductor.kernels.registry import (
 )
 
 __all__ = [
+    "Adapter",
     "AttentionCall",
     "Kernel",
     "Library",

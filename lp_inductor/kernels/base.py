@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lp_inductor.kernels.adapters import Adapter
 from lp_inductor.passes.result import OK, Miss, Ok
 from lp_inductor.passes.site import AttentionCall, MaskPart
 from lp_inductor.visibility import Visibility
 
-__all__ = ["AttentionCall", "Kernel", "Library", "MaskPart", "Visibility"]
+__all__ = ["Adapter", "AttentionCall", "Kernel", "Library", "MaskPart", "Visibility"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Library:
     Attributes:
         name: what users call it, such as the package that carries it.
         operators: those of its operators that are called, ``"namespace::name"``. Each is defined
-            and implemented in C++, and returns one tensor: AOTInductor calls no other.
+            and implemented in C++. AOTInductor itself calls those that return one tensor.
+        adapters: for operators that it does not call.
     """
 
     name: str
     operators: tuple[str, ...]
+    adapters: tuple[Adapter, ...] = ()
 
 
 class Kernel(abc.ABC):
@@ -60,14 +63,21 @@ class Kernel(abc.ABC):
     #: operations, Triton kernels, and operators of ``libraries``; nothing that looks at data.
     #: Each class says so for itself: what a subclass changes may not be.
     portable: bool = False
-    #: What a package that embeds ``run`` needs loaded; a package gets it only if it is allowed.
-    libraries: tuple[Library, ...] = ()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Let ``portable`` be False unless the class itself says otherwise."""
         super().__init_subclass__(**kwargs)
         if "portable" not in vars(cls):
             cls.portable = False
+
+    @property
+    def libraries(self) -> tuple[Library, ...]:
+        """What a package that embeds ``run`` needs loaded; it gets that only if it is allowed."""
+        return ()
+
+    def embeds(self, call: AttentionCall) -> Ok | Miss:
+        """Whether ``run``, if ``portable``, may be traced for this call with its open sizes."""
+        return OK
 
     @abc.abstractmethod
     def availability(self, device: torch.device) -> Ok | Miss:

@@ -10,7 +10,8 @@ fa3-fwd         fa3_fwd_interface,     a wheel of its forward pass alone, built 
 ==============  =====================  ==================================================
 
 The C++ operator is called by keyword, past the packages' Python: no autograd function and no
-synchronisation with the host. So it runs inside CUDA graphs.
+synchronisation with the host. So it runs inside CUDA graphs. A package calls it from C++, where
+its library is allowed and loaded.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lp_inductor.kernels.base import AttentionCall, MaskPart
-from lp_inductor.kernels.flash import FlashKernel, Window
+from lp_inductor.kernels.adapters import Adapter
+from lp_inductor.kernels.base import AttentionCall, Library, MaskPart
+from lp_inductor.kernels.flash import FlashKernel, Window, is_traced
 from lp_inductor.kernels.installed import ABSENT, capability_of, fingerprint, is_installed
 from lp_inductor.passes.result import OK, Miss, MissCode, Ok
 
@@ -38,6 +40,25 @@ _ARGUMENTS = frozenset(
     {"q", "k", "v", "q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal"}
     | {"window_size_left", "window_size_right", "num_splits"}
 )
+
+
+#: What a package calls in place of the library's operator, which also hands back what it is given.
+#: Only an :class:`Adapter` implements it.
+_OPERATOR = "lp_inductor::fa3_forward"
+_lib = torch.library.Library("lp_inductor", "FRAGMENT")
+_lib.define(
+    "fa3_forward(Tensor q, Tensor k, Tensor v, Tensor q_descale, Tensor k_descale, "
+    "Tensor v_descale, float? softmax_scale, bool is_causal, int window_size_left, "
+    "int window_size_right) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+
+
+def _fa3_forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]), dtype=torch.bfloat16)
+
+
+torch.library.register_fake(_OPERATOR, _fa3_forward_fake, lib=_lib)
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,7 @@ class Fa3Kernel(FlashKernel):
     name = "fa3"
     measured_as = "fa3"
     masks = frozenset({MaskPart.CAUSAL, MaskPart.BAND})
+    portable = True
 
     def __init__(self, libraries: tuple[Fa3Library, ...] = LIBRARIES) -> None:
         """Look for these packages, the first that is installed wins."""
@@ -113,6 +135,22 @@ class Fa3Kernel(FlashKernel):
         if capability_of(device) != _CAPABILITY:
             return _unavailable(f"FA3 needs compute capability 9.0, not {capability_of(device)}")
         return self._check_build(library)
+
+    @property
+    def libraries(self) -> tuple[Library, ...]:
+        """The package that is used; none where none is installed."""
+        library = self.library()
+        if library is None:
+            return ()
+        target = f"{library.namespace}::fwd"
+        return (Library(library.distribution, (target,), (Adapter(_OPERATOR, target),)),)
+
+    def embeds(self, call: AttentionCall) -> Ok | Miss:
+        """Where a window begins and ends is worked out from lengths, which a package must know."""
+        lengths = (call.query_len, call.key_len)
+        if MaskPart.BAND not in call.mask or all(isinstance(n, int) for n in lengths):
+            return OK
+        return Miss(MissCode.DYNAMIC_DIM, "FA3 in a package has windows over fixed lengths only")
 
     def _check_build(self, library: Fa3Library) -> Ok | Miss:
         if _is_off(library, "FP8"):
@@ -156,15 +194,19 @@ class Fa3Kernel(FlashKernel):
         if window.is_local and not _has_windows(library):
             # The operator would refuse, or, built from other sources, read it as it likes.
             raise ValueError(f"{library.distribution} was built without local windows")
-        out: Tensor = operator(
-            query, key, value,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-            softmax_scale=scale,
-            is_causal=window.is_causal,
-            window_size_left=-1 if window.left is None else window.left,
-            window_size_right=-1 if window.right is None else window.right,
-            num_splits=0,
-        )[0]  # fmt: skip
+        arguments: dict[str, Any] = {
+            "q_descale": q_descale,
+            "k_descale": k_descale,
+            "v_descale": v_descale,
+            "softmax_scale": scale,
+            "is_causal": window.is_causal,
+            "window_size_left": -1 if window.left is None else window.left,
+            "window_size_right": -1 if window.right is None else window.right,
+        }
+        if is_traced():
+            traced: Tensor = torch.ops.lp_inductor.fa3_forward(query, key, value, **arguments)
+            return traced
+        out: Tensor = operator(query, key, value, **arguments, num_splits=0)[0]
         return out
 
     def library(self) -> Fa3Library | None:

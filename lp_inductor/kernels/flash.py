@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lp_inductor.kernels.base import Kernel, MaskPart, Visibility
 from lp_inductor.passes.result import Ok
@@ -72,12 +74,20 @@ def window_of(visible: Visibility, query_len: int, key_len: int) -> Window:
         return Window((0, 0), (0, 0), None, None)
     keys = max(0, first + lower), min(key_len, last + upper)
     left, right = keys[1] - last - lower, upper + last - keys[1]
+    # Of open sizes it may not be known; a bound that hides nothing is then left as it is.
+    free_left = statically_known_true(left >= keys[1] - keys[0] - 1)
+    free_right = statically_known_true(right >= last - first - 1)
     return Window(
         rows=(first, last),
         keys=keys,
-        left=None if left >= keys[1] - keys[0] - 1 else left,
-        right=None if right >= last - first - 1 else right,
+        left=None if free_left else left,
+        right=None if free_right else right,
     )
+
+
+def is_traced() -> bool:
+    """Whether tensors have no memory yet: code is being made for a package."""
+    return get_proxy_mode() is not None
 
 
 class FlashKernel(Kernel):
@@ -161,7 +171,9 @@ def _operand(x: Tensor, tokens: tuple[int, int]) -> Tensor:
     x = x.transpose(1, 2)
     *strides, last = x.stride()
     size = x.element_size()
-    aligned = x.data_ptr() % _ALIGNMENT == 0 and all(s * size % _ALIGNMENT == 0 for s in strides)
+    # Memory that is allocated for a tensor is aligned.
+    start = x.storage_offset() * size if is_traced() else x.data_ptr()
+    aligned = start % _ALIGNMENT == 0 and all(s * size % _ALIGNMENT == 0 for s in strides)
     return x if aligned and last == 1 else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -86,7 +86,7 @@ def candidates(config: Fp8Config, call: AttentionCall) -> tuple[Kernel, ...]:
     return tuple(k for k in _KERNELS.values() if k.name != ReferenceKernel.name)
 
 
-def allow_all(kernel: Kernel) -> Ok | Miss:
+def allow_all(kernel: Kernel, call: AttentionCall) -> Ok | Miss:
     """No kernel is ruled out."""
     return OK
 
@@ -94,7 +94,7 @@ def allow_all(kernel: Kernel) -> Ok | Miss:
 def serving_kernels(
     config: Fp8Config,
     call: AttentionCall,
-    allowed: Callable[[Kernel], Ok | Miss] = allow_all,
+    allowed: Callable[[Kernel, AttentionCall], Ok | Miss] = allow_all,
 ) -> tuple[Kernel, ...] | Miss:
     """The kernels that serve ``call`` in the order in which to ask, or why none does.
 
@@ -113,7 +113,7 @@ def serving_kernels(
                 raise KernelError(f"kernel {kernel.name!r} cannot run here: {available.detail}")
             unavailable.append(f"{kernel.name}: {available.detail}")
             continue
-        supported = allowed(kernel)
+        supported = allowed(kernel, call)
         if not isinstance(supported, Miss):
             supported = check_call(kernel, config, call)
         if isinstance(supported, Miss):

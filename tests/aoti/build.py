@@ -1,7 +1,6 @@
 """Compile what the tests run, in a process of its own: ``python -m tests.aoti.build WHAT FOLDER``.
 
-A package is loaded by another process than the one that compiled it, as its users do (and as a
-GPU needs: loading where it was compiled crashes in some versions of PyTorch).
+A package is loaded by another process than the one that compiled it, as its users do.
 """
 
 from __future__ import annotations
@@ -17,12 +16,18 @@ from torch.export import Dim, ExportedProgram
 
 import lp_inductor
 from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility
+from lp_inductor.kernels import get_kernel
+from lp_inductor.kernels.fa3 import Fa3Kernel, Fa3Library
 from lp_inductor.reference import per_head
+from lp_inductor.toolchain import linked_libraries
 from tests import models
 from tests.test_rewrites import qkv
 
 #: Batch sizes and lengths at which the dynamic model is run; it is exported with the first.
 SIZES = ((2, 16), (3, 40), (1, 7))
+#: Tokens of the two texts that language models are run with; they are exported with the first.
+LENGTHS = (64, 97)
+LLAMA_LAYERS = 4
 TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
 
 
@@ -76,6 +81,24 @@ class LibraryKernel(Kernel):
         v = value.float() * per_head(v_descale, value.shape[1])
         out: Tensor = torch.ops.lp_test.attention(q, k, v, visible.is_causal, scale)
         return out.to(out_dtype)
+
+
+class AdaptedKernel(Fa3Kernel):
+    """FA3's kernel on a CPU, with the operator of ``library.cpp`` that has FA3's signature."""
+
+    name = "adapted"
+    measured_as = None
+    portable = True
+
+    def __init__(self) -> None:
+        module = "lp_test_fa3_interface"
+        super().__init__((Fa3Library("lp-test-fa3", module, "lp_test_fa3", "lp_test_fa3_config"),))
+
+    def availability(self, device: torch.device) -> Ok | Miss:
+        """Where the operator takes what it must."""
+        library = self.library()
+        assert library is not None and device.type == "cpu"
+        return self._check_build(library)
 
 
 def save(path: Path, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -147,6 +170,34 @@ def build_library(folder: Path) -> None:
     save(folder / "library.pt", qkv(), [exact])
 
 
+def build_adapted(folder: Path) -> None:
+    """A package that calls an operator with the signature of FA3's, by an adapter."""
+    # Importing a package of FA3 loads its operator.
+    interface = "import torch; torch.ops.load_library(__file__.replace(MODULE, 'lp_test.so'))\n"
+    interface = interface.replace("MODULE", "'lp_test_fa3_interface.py'")
+    (folder / "lp_test_fa3_interface.py").write_text(interface)
+    sys.path.insert(0, str(folder))
+    lp_inductor.register_kernel(AdaptedKernel())
+    dims = {0: Dim("batch", min=1, max=8), 2: Dim("tokens", min=2, max=8192)}
+    program = torch.export.export(
+        models.Attention(models.llama),
+        tuple(llama_inputs(*SIZES[0])),
+        dynamic_shapes=((dims, dims, dims),),
+        strict=True,
+    )
+    guards = list(shape_env_of(program).guards)
+    lp_inductor.aoti_compile_and_package(
+        program,
+        package_path=folder / "adapted.pt2",
+        config={"kernel": "adapted"},
+        libraries=["lp-test-fa3"],
+    )
+    assert list(shape_env_of(program).guards) == guards
+    for n, sizes in enumerate(SIZES):
+        operands = llama_inputs(*sizes)
+        save(folder / f"exact{n}.pt", operands, [models.llama(*(t.double() for t in operands))])
+
+
 def build_language_model(folder: Path) -> None:
     """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it.
 
@@ -160,29 +211,69 @@ def build_language_model(folder: Path) -> None:
     ids = model.tokens(load_text())
     with torch.no_grad():
         lp_inductor.aoti_compile_and_package(
-            export_prefill(model.module, ids[:, :64]), package_path=folder / "smollm2.pt2"
+            export_prefill(model.module, ids[:, : LENGTHS[0]]), package_path=folder / "model.pt2"
         )
         compiled = logits_of(compile_fp8(model.module))
-        for n, tokens in enumerate((ids[:, :64], ids[:, 64:161])):
-            save(folder / f"smollm2_{n}.pt", [tokens], [compiled(tokens)])
+        for n, tokens in enumerate(ids[:, : sum(LENGTHS)].split(LENGTHS, dim=1)):
+            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
+
+
+def build_llama(folder: Path) -> None:
+    """A Llama of SmolLM2's shape but for its depth and vocabulary, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=LLAMA_LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    prefill, ids = Prefill(model), torch.randint(0, 512, (1, sum(LENGTHS)))
+    first, *_ = parts = ids.split(LENGTHS, dim=1)
+    with torch.no_grad():
+        lp_inductor.aoti_compile_and_package(
+            export_prefill(model, first),
+            package_path=folder / "model.pt2",
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        )
+        compiled = lp_inductor.compile_with_fp8_fusion(prefill)
+        torch._dynamo.mark_dynamic(first, 1)
+        for n, tokens in enumerate(parts):
+            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
 
 
 def build_gpu(folder: Path) -> None:
-    """For each kernel that a package may hold on this GPU: two models, and what JIT returns."""
+    """For each kernel that a package may hold on this GPU: a package, and what JIT returns.
+
+    Strict export: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
+    """
     stock_program = torch.export.export(
         models.Attention(models.no_rope), tuple(t.cuda() for t in qkv())
     )
-    torch._inductor.aoti_compile_and_package(stock_program, package_path=str(folder / "stock.pt2"))
+    package_stock(stock_program, folder / "stock.pt2")
     for name in gpu_kernels():
         dims = {2: Dim("tokens", min=2, max=8192)}
         operands = [t.cuda() for t in llama_inputs(2, 256)]
         config = {"kernel": name, "force": True}
         program = torch.export.export(
-            models.Attention(models.llama), tuple(operands), dynamic_shapes=((dims,) * 3,)
+            models.Attention(models.llama),
+            tuple(operands),
+            dynamic_shapes=((dims,) * 3,),
+            strict=True,
         )
+        guards = list(shape_env_of(program).guards)
         lp_inductor.aoti_compile_and_package(
-            program, package_path=folder / f"{name}.pt2", config=config
+            program,
+            package_path=folder / f"{name}.pt2",
+            config=config,
+            libraries=[library.name for library in get_kernel(name).libraries],
         )
+        assert list(shape_env_of(program).guards) == guards
         compiled = lp_inductor.compile_with_fp8_fusion(models.llama, config)
         for n, tokens in enumerate((256, 1024)):
             inputs = llama_inputs(2, tokens)
@@ -195,14 +286,28 @@ def build_gpu(folder: Path) -> None:
             save(folder / f"exact{n}.pt", inputs, [models.llama(*(t.double() for t in inputs))])
 
 
+def package_stock(program: ExportedProgram, path: Path) -> None:
+    """A package without us."""
+    linked = {"aot_inductor.custom_op_libs": linked_libraries()}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=linked
+    )
+
+
 def gpu_kernels() -> list[str]:
-    """The registered kernels that a package may hold, without a library, on this GPU."""
+    """The registered kernels that a package may hold on this GPU, with a library or without."""
     device = torch.device("cuda")
     return [
         kernel.name
         for kernel in lp_inductor.registered_kernels()
-        if kernel.portable and not kernel.libraries and isinstance(kernel.availability(device), Ok)
+        if kernel.portable and isinstance(kernel.availability(device), Ok)
     ]
+
+
+def library_files(kernel: str) -> list[str]:
+    """The shared libraries of a kernel that this process has loaded, as a package wants them."""
+    operators = [op for library in get_kernel(kernel).libraries for op in library.operators]
+    return [sys.modules[f"{op.partition('::')[0]}._C"].__file__ or "" for op in operators]
 
 
 def build_upstream(folder: Path) -> None:
@@ -223,13 +328,14 @@ def build_upstream(folder: Path) -> None:
         lp_inductor.aoti_compile_and_package(program, package_path=folder / "ours.pt2")
     except PackageError as error:
         (folder / "error.txt").write_text(str(error))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "upstream.pt2"))
+    package_stock(program, folder / "upstream.pt2")
 
 
 def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:
     """A language model without its cache, for every number of tokens."""
     lengths = ({1: Dim("tokens", min=2, max=8192)},)
-    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths)
+    # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
+    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths, strict=True)
 
 
 class Prefill(nn.Module):
@@ -247,7 +353,9 @@ class Prefill(nn.Module):
 
 BUILDS: dict[str, Callable[[Path], Any]] = {
     "packages": lambda folder: (build_models(folder), build_library(folder)),
-    "language_model": build_language_model,
+    "adapted": build_adapted,
+    "llama": build_llama,
+    "smollm2": build_language_model,
     "gpu": build_gpu,
     "upstream": build_upstream,
 }

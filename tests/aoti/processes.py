@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +14,8 @@ import pytest
 import torch
 from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
+
+from lp_inductor.toolchain import linked_libraries
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -38,15 +39,24 @@ except ImportError:
 
 
 def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
-    """A folder that ``build`` has filled; whichever worker comes first does it for all."""
+    """A folder that ``build`` has filled; whichever worker comes first does it for all.
+
+    What failed once is not tried again: every test then fails with the same words.
+    """
     root = factory.getbasetemp()
     folder = (root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root) / f"aoti-{name}"
+    failure = folder.with_name(f"{folder.name}-failure")
     with FileLock(f"{folder}.lock"):
+        if failure.exists():
+            pytest.fail(failure.read_text())
         if not folder.exists():
             making = folder.with_name(f"{folder.name}-making")
-            shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
-            build(making)
+            try:
+                build(making)
+            except Exception as error:
+                failure.write_text(f"{name} was not built: {error}")
+                raise
             making.rename(folder)
     return folder
 
@@ -105,6 +115,7 @@ def build_shared_library(folder: Path) -> None:
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-O0", HERE / "library.cpp"]
     command += [f"-I{path}" for path in include_paths()]
     command += [f"-L{libraries}", "-lc10", "-ltorch_cpu", "-o", folder / "lp_test.so"]
+    command += [f"-l{library}" for library in linked_libraries()]
     subprocess.run(command, check=True)
 
 
@@ -113,6 +124,8 @@ def run_program(folder: Path, *arguments: str | Path) -> tuple[int, dict[str, st
     program = [str(folder / "run_package"), *map(str, arguments)]
     # An environment of its own: nothing of this Python's.
     environment = {"OMP_NUM_THREADS": "1", "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
+    if (path := os.environ.get("LD_LIBRARY_PATH")) is not None:
+        environment["LD_LIBRARY_PATH"] = path  # a GPU's driver may be found only so
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     return done.returncode, printed, done.stderr

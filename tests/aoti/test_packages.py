@@ -42,6 +42,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package that calls an operator behind an adapter."""
+    if torch.__version__ < (2, 13):
+        pytest.skip("C++ for a CPU that hands on tensors in FP8 does not compile with torch 2.11")
+
+    def build(folder: Path) -> None:
+        build_shared_library(folder)
+        python("-m", "tests.aoti.build", "adapted", folder)
+
+    return build_once(tmp_path_factory, "adapted", build)
+
+
+@pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ program."""
     return build_once(tmp_path_factory, "program", build_program)
@@ -258,6 +271,37 @@ def test_a_library_that_is_loaded(built: Path, program: Path) -> None:
     python("-c", code, package, built / "lp_test.so", reference)
     status, _, error = run_program(program, package, reference, "--library", "/nowhere.so")
     assert status == 1 and "cannot load the library" in error
+
+
+@pytest.mark.parametrize("n", range(len(SIZES)))
+def test_an_operator_behind_an_adapter(adapted: Path, program: Path, n: int) -> None:
+    """The library's operator hands back what it is given, and tensors that are undefined."""
+    package, exact = adapted / "adapted.pt2", adapted / f"exact{n}.pt"
+    library = ("--library", adapted / "lp_test.so")
+    status, printed, error = run_program(program, package, exact, *library)
+    assert status == 0, error
+    assert printed["kernels"] == "adapted" and printed["python"] == "no"
+    assert MIN_DB <= float(printed["sqnr"].removesuffix(" dB")) < 40
+
+
+def test_an_operator_behind_an_adapter_that_is_missing(adapted: Path, program: Path) -> None:
+    package = adapted / "adapted.pt2"
+    with pytest.raises(PackageError, match=r"lp_test_fa3::fwd.*lp-test-fa3.*libraries="):
+        lp_inductor.load_package(package)
+    with pytest.raises(PackageError, match=r"cannot load the library /nowhere\.so"):
+        lp_inductor.load_package(package, libraries=["/nowhere.so"])
+    status, _, error = run_program(program, package, adapted / "exact0.pt")
+    assert status == 1 and "calls lp_test_fa3::fwd" in error and "load lp-test-fa3 first" in error
+    # Without us the first run finds out; in another process, where no test has loaded it.
+    code = (
+        "import sys, torch; run = torch._inductor.aoti_load_package(sys.argv[1]);"
+        "run(*torch.load(sys.argv[2])['inputs'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, package, adapted / "exact0.pt"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "lp_test_fa3::fwd" in done.stderr
 
 
 def test_what_a_package_with_a_library_says(built: Path) -> None:

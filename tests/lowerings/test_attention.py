@@ -10,9 +10,11 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lp_inductor
-from lp_inductor import Fp8Config, reference
+from lp_inductor import Fp8Config, Library, reference
+from lp_inductor._compat import NewGuardError
 from lp_inductor.lowerings.attention import lower_graph
 from lp_inductor.passes.rewrite import KERNEL_META
 from tests import models
@@ -109,6 +111,59 @@ def test_a_portable_kernel_is_inlined() -> None:
         lower_graph(gm.graph)
     finally:
         lp_inductor.unregister_kernel("portable")
+    assert not any(name in targets(gm) for name in OURS)
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_kernel_of_a_library_is_inlined_in_a_package_only(package: bool) -> None:
+    class InLibrary(Counting):
+        name = "in-library"
+        portable = True
+        libraries = (Library("mine", ("mine::attention",)),)
+
+    gm = attention_graph()
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
+    )
+    node.meta[KERNEL_META] = "in-library"
+    lp_inductor.register_kernel(InLibrary())
+    try:
+        lower_graph(gm.graph, package=package)
+    finally:
+        lp_inductor.unregister_kernel("in-library")
+    assert ("lp_inductor.sdpa_quantized" in targets(gm)) is not package
+
+
+class Asking(Counting):
+    """A kernel that asks about the number of tokens when it is traced."""
+
+    name = "asking"
+    portable = True
+
+    def run(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A tensor of the right shape, whatever the answer is."""
+        assert query.shape[2] != 1000
+        return query.to(kwargs["out_dtype"])
+
+
+def test_code_for_a_package_does_not_fix_a_size() -> None:
+    """Under torch.compile there is a guard for it; a package has none."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *descales: Tensor) -> Tensor:
+        out: Tensor = torch.ops.lp_inductor.sdpa_quantized(
+            q, k, v, *descales, None, None, None, 0, None, None, torch.bfloat16, "asking"
+        )
+        return out
+
+    lp_inductor.register_kernel(Asking())
+    try:
+        gm = make_fx(call, tracing_mode="symbolic")(*quantized_operands())
+        with pytest.raises(NewGuardError, match="open size"):
+            lower_graph(gm.graph, package=True)
+        gm = make_fx(call, tracing_mode="symbolic")(*quantized_operands())
+        lower_graph(gm.graph)
+    finally:
+        lp_inductor.unregister_kernel("asking")
     assert not any(name in targets(gm) for name in OURS)
 
 
