@@ -138,8 +138,8 @@ class Fa3Kernel(FlashKernel):
 
     @property
     def libraries(self) -> tuple[Library, ...]:
-        """The package that is used; none where none is installed."""
-        library = self.library()
+        """The package that is used, or where none is installed, would be."""
+        library = self.library() or next(iter(self._libraries), None)
         if library is None:
             return ()
         target = f"{library.namespace}::fwd"
