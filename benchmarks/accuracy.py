@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks import gpu
 from lp_inductor.kernels.triton.layer import attention_layer
-from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
+from lp_inductor.kernels.triton.operands import Operands
+from lp_inductor.kernels.triton.quantize import quantize_per_head
 
 HEADS = 4
 #: Queries that are compared; every one sees all keys.

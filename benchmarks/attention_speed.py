@@ -19,12 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu
 from lp_inductor.kernels.triton.attention import attention_triton
-from lp_inductor.kernels.triton.operands import (
-    Operands,
-    Quantized,
-    quantize_fine,
-    quantize_per_head,
-)
+from lp_inductor.kernels.triton.operands import Operands, Quantized
+from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head
 from lp_inductor.visibility import Visibility
 
 HEADS = 32

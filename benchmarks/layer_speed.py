@@ -23,7 +23,8 @@ from benchmarks import gpu
 from benchmarks.attention_speed import HEADS, LENGTHS, Runs, sdpa
 from lp_inductor.kernels.flash import add_mean
 from lp_inductor.kernels.triton.layer import attention_layer
-from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
+from lp_inductor.kernels.triton.operands import Operands
+from lp_inductor.kernels.triton.quantize import quantize_per_head
 from lp_inductor.kernels.triton.rope import Rope
 from lp_inductor.visibility import Visibility
 

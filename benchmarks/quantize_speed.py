@@ -16,11 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu
-from lp_inductor.kernels.triton.operands import (
-    Operands,
-    quantize_fine,
-    quantize_per_head,
-)
+from lp_inductor.kernels.triton.operands import Operands
+from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head
 from lp_inductor.kernels.triton.rope import Rope
 
 HEADS = 32

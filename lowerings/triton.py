@@ -300,7 +300,8 @@ def _quantize_site(
     group_size: int,
 ) -> tuple[Tensor | None, ...]:
     """The operands of a site with one scale a head, to be traced; V in the order of tokens."""
-    from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
+    from lp_inductor.kernels.triton.operands import Operands
+    from lp_inductor.kernels.triton.quantize import quantize_per_head
 
     operands = Operands(
         query, key, value, _rope(q_cos, q_sin, q_rope), _rope(k_cos, k_sin, k_rope),

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from lp_inductor.kernels.triton.cuts import Cut
-from lp_inductor.kernels.triton.operands import (
-    Operands,
-    quantize_fine,
-    quantize_per_head,
-    used_blocks,
-)
+from lp_inductor.kernels.triton.operands import Operands
+from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head, used_blocks
 from lp_inductor.kernels.triton.rope import Rope
 from lp_inductor.kernels.triton.sizes import known
 from lp_inductor.quantization import FP8

@@ -96,7 +96,8 @@ def check_settled(tokens: int, device: torch.device) -> None:
 
     Every operand of a site: query heads in groups, a key that is centred, a value of both layouts.
     """
-    from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
+    from lp_inductor.kernels.triton.operands import Operands
+    from lp_inductor.kernels.triton.quantize import quantize_per_head
 
     assert tokens > 256
     heads, group = 6, 3

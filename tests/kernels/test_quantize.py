@@ -98,7 +98,8 @@ def test_hadamard_needs_a_power_of_two(dim: int) -> None:
 
 def test_static_scales_clamp() -> None:
     """What is beyond the range becomes the largest number; the rest is x over the scale."""
-    from lp_inductor.kernels.triton.operands import Operands, quantize_fine
+    from lp_inductor.kernels.triton.operands import Operands
+    from lp_inductor.kernels.triton.quantize import quantize_fine
 
     x = torch.randn(1, 2, 40, 64)
     x[0, 0, 3, 5], x[0, 1, 7, 9] = 1000.0, -1000.0

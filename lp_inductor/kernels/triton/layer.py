@@ -10,11 +10,8 @@ from torch import Tensor
 from lp_inductor.kernels.triton.attention import attention_triton
 from lp_inductor.kernels.triton.blocks import choose_blocks
 from lp_inductor.kernels.triton.cuts import Cut
-from lp_inductor.kernels.triton.operands import (
-    Operands,
-    quantize_fine,
-    quantize_per_head,
-)
+from lp_inductor.kernels.triton.operands import Operands
+from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head
 from lp_inductor.kernels.triton.rope import Rope
 from lp_inductor.kernels.triton.sizes import shared_memory
 from lp_inductor.quantization import FP8

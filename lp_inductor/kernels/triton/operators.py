@@ -37,12 +37,8 @@ def quantize(
             x, cos, sin, interleaved, rope_start, rope_width, group_size, center,
             scales=scales, hadamard=hadamard, dtype=dtype, static_descale=static_descale,
         )  # fmt: skip
-    from lp_inductor.kernels.triton.operands import (
-        Operands,
-        quantize_fine,
-        quantize_per_head,
-        used_blocks,
-    )
+    from lp_inductor.kernels.triton.operands import Operands
+    from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head, used_blocks
     from lp_inductor.kernels.triton.rope import Rope
 
     rope = None
@@ -81,7 +77,8 @@ def quantize_centered(
         return reference.quantize_centered(
             x, scales=scales, hadamard=hadamard, static_descale=static_descale
         )
-    from lp_inductor.kernels.triton.operands import Operands, quantize_per_head
+    from lp_inductor.kernels.triton.operands import Operands
+    from lp_inductor.kernels.triton.quantize import quantize_per_head
 
     operands = Operands(value=x, hadamard_v=hadamard)
     done = quantize_per_head(operands, center_key=False, transpose_value=False)

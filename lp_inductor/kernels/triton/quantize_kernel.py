@@ -111,8 +111,9 @@ def _one_head(
     high8 = round_to(high * inverse, INT8, INTERPRET)
     if LOST and SCALE == 4:
         low_lanes, high_lanes = lanes_of(DP, ROPE)
-        low_lost = tl.where(exists, low - low8.to(tl.float32) / inverse, 0.0)
-        high_lost = tl.where(exists, high - high8.to(tl.float32) / inverse, 0.0)
+        descale = 1.0 / inverse
+        low_lost = tl.where(exists, low - low8.to(tl.float32) * descale, 0.0)
+        high_lost = tl.where(exists, high - high8.to(tl.float32) * descale, 0.0)
         tl.store(lost_ptr + entry * DP + low_lanes, tl.sum(low_lost, 0))
         tl.store(lost_ptr + entry * DP + high_lanes, tl.sum(high_lost, 0))
     if TRANSPOSE:
