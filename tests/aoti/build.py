@@ -27,7 +27,7 @@ from tests.test_rewrites import qkv
 SIZES = ((2, 16), (3, 40), (1, 7))
 #: Tokens of the two texts that language models are run with; they are exported with the first.
 LENGTHS = (64, 97)
-LLAMA_LAYERS = 4
+LLAMA_LAYERS = 2
 TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
 
 

@@ -1,6 +1,6 @@
 """Whole language models in packages, for any number of tokens.
 
-A Llama of SmolLM2's shape, four layers deep, and SmolLM2-135M itself, which is a long test.
+A Llama of SmolLM2's shape, two layers deep, and SmolLM2-135M itself, which is a long test.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def test_a_compiler_that_does_not_work(compiler: str) -> None:
         assert linked_libraries() == []
 
 
+@pytest.mark.long
 def test_the_program_is_linked_to_the_shared_library(
     static_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
