@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lp_inductor.kernels.base import Kernel, MaskPart, Visibility
-from lp_inductor.passes.result import Ok
 
 #: Bytes that the tensor memory accelerator wants strides and addresses to be multiples of.
 _ALIGNMENT = 16
@@ -182,8 +181,10 @@ def add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
 
     Added in float32 and rounded once, in one pass; in place where the dtypes allow it.
     """
+    from lp_inductor.kernels.triton.kernel import can_launch
+
     result = out if out.dtype == out_dtype else torch.empty_like(out, dtype=out_dtype)
-    if _has_triton(out.device) and all(t.is_contiguous() for t in (out, mean, result)):
+    if can_launch(out.device) and all(t.is_contiguous() for t in (out, mean, result)):
         from lp_inductor.kernels.triton.mean import add_means
 
         add_means(out, mean, result)
@@ -192,9 +193,3 @@ def add_mean(out: Tensor, mean: Tensor, out_dtype: torch.dtype) -> Tensor:
     mean = mean.reshape(batch, 1, kv_heads, 1, dim)
     torch.add(out.unflatten(2, (kv_heads, -1)), mean, out=result.unflatten(2, (kv_heads, -1)))
     return result
-
-
-def _has_triton(device: torch.device) -> bool:
-    from lp_inductor.kernels.triton.kernel import TritonKernel
-
-    return isinstance(TritonKernel().availability(device), Ok)

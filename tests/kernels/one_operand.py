@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lp_inductor.kernels.triton.cuts import Cut
 from lp_inductor.kernels.triton.operands import Operands
 from lp_inductor.kernels.triton.quantize import quantize_fine, quantize_per_head, used_blocks
 from lp_inductor.kernels.triton.rope import Rope
@@ -71,7 +70,6 @@ def quantize_rows(
     *,
     hadamard: bool = False,
     dtype: torch.dtype = FP8,
-    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate a query, or a key for INT8 scores, and quantise it with one scale a row.
 
@@ -80,46 +78,32 @@ def quantize_rows(
         rope: the rotation before it; None: none.
         hadamard: multiply every row by a Hadamard matrix, divided by head_dim ** 0.5.
         dtype: float8_e4m3fn or int8.
-        cut: the kernel's tiles; None: as measured best.
 
     Returns:
         quantised (batch, heads, tokens, head_dim), stored in the order (batch, tokens, heads,
         head_dim); descale (batch, heads, tokens, 1), float32.
     """
     operands = Operands(query=x, q_rope=rope, hadamard_qk=hadamard)
-    done = quantize_fine(operands, qk_dtype=dtype, center_key=False, cut=cut)
+    done = quantize_fine(operands, qk_dtype=dtype, center_key=False)
     return _pair(done.query, done.q_descale)
 
 
-def quantize_key_blocks(
-    x: Tensor,
-    rope: Rope | None = None,
-    *,
-    center: bool = True,
-    hadamard: bool = False,
-    dtype: torch.dtype = FP8,
-    cut: Cut | None = None,
-) -> tuple[Tensor, Tensor]:
+def quantize_key_blocks(x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
     """Rotate a key, take off a constant and quantise it with one scale for 128 tokens.
 
     Args:
-        x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
-        rope, hadamard, cut: see :func:`quantize_rows`.
-        center: subtract from every channel the mean of at most 64 tokens, evenly spread.
-        dtype: float8_e4m3fn; or int8, with one scale a row.
+        x, rope: see :func:`quantize_rows`.
 
     Returns:
-        quantised as by :func:`quantize_rows`; descale (batch, heads, blocks), float32, or (batch,
-        heads, tokens, 1).
+        quantised as by :func:`quantize_rows`; descale (batch, heads, blocks), float32.
     """
-    operands = Operands(key=x, k_rope=rope, hadamard_qk=hadamard)
-    done = quantize_fine(operands, qk_dtype=dtype, center_key=center, cut=cut)
+    done = quantize_fine(Operands(key=x, k_rope=rope))
     key, descale = _pair(done.key, done.k_descale)
-    return key, descale if dtype == torch.int8 else used_blocks(descale, x)
+    return key, used_blocks(descale, x)
 
 
 def quantize_value_blocks(
-    x: Tensor, *, center: bool = False, hadamard: bool = False, cut: Cut | None = None
+    x: Tensor, *, center: bool = False, hadamard: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantise a value with one scale for 128 tokens, transposed.
 
@@ -127,7 +111,7 @@ def quantize_value_blocks(
         x: (batch, heads, tokens, head_dim), float32, bfloat16 or float16, any strides.
         center: subtract from every channel the mean of a sample of tokens. Needed where the
             attention kernel does not add its tiles in float32, which is above head_dim 128.
-        hadamard, cut: see :func:`quantize_rows`.
+        hadamard: see :func:`quantize_rows`.
 
     Returns:
         quantised (batch, heads, head_dim, tokens padded with zeros to a multiple of 16),
@@ -135,7 +119,7 @@ def quantize_value_blocks(
         1, head_dim), float32, or None.
     """
     operands = Operands(value=x, hadamard_v=hadamard)
-    done = quantize_fine(operands, center_key=False, center_value=center, cut=cut)
+    done = quantize_fine(operands, center_key=False, center_value=center)
     value, descale = _pair(done.value, done.v_descale)
     return value, used_blocks(descale, x), done.v_mean
 

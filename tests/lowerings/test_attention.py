@@ -96,22 +96,28 @@ def test_a_cpp_wrapper_reaches_the_activated_kernel_through_python() -> None:
     assert "lp_inductor.sdpa_quantized" in targets(gm)
 
 
+def targets_with(kernel: Counting, package: bool = False) -> str:
+    """What is called in the graph once its attention is lowered for ``kernel``."""
+    gm = attention_graph()
+    (node,) = gm.graph.find_nodes(
+        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
+    )
+    node.meta[KERNEL_META] = kernel.name
+    lp_inductor.register_kernel(kernel)
+    try:
+        lower_graph(gm.graph, package=package)
+    finally:
+        lp_inductor.unregister_kernel(kernel.name)
+    return targets(gm)
+
+
 def test_a_portable_kernel_is_inlined() -> None:
     class Portable(Counting):
         name = "portable"
         portable = True
 
-    gm = attention_graph()
-    (node,) = gm.graph.find_nodes(
-        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
-    )
-    node.meta[KERNEL_META] = "portable"
-    lp_inductor.register_kernel(Portable())
-    try:
-        lower_graph(gm.graph)
-    finally:
-        lp_inductor.unregister_kernel("portable")
-    assert not any(name in targets(gm) for name in OURS)
+    found = targets_with(Portable())
+    assert not any(name in found for name in OURS)
 
 
 @pytest.mark.parametrize("package", [True, False])
@@ -121,17 +127,8 @@ def test_a_kernel_of_a_library_is_inlined_in_a_package_only(package: bool) -> No
         portable = True
         libraries = (Library("mine", ("mine::attention",)),)
 
-    gm = attention_graph()
-    (node,) = gm.graph.find_nodes(
-        op="call_function", target=aten._scaled_dot_product_flash_attention.quantized
-    )
-    node.meta[KERNEL_META] = "in-library"
-    lp_inductor.register_kernel(InLibrary())
-    try:
-        lower_graph(gm.graph, package=package)
-    finally:
-        lp_inductor.unregister_kernel("in-library")
-    assert ("lp_inductor.sdpa_quantized" in targets(gm)) is not package
+    found = targets_with(InLibrary(), package)
+    assert ("lp_inductor.sdpa_quantized" in found) is not package
 
 
 class Asking(Counting):

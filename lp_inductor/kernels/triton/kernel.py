@@ -17,6 +17,11 @@ _HEAD_DIM_MAX = 256
 _CAPABILITY = (8, 9)
 
 
+def can_launch(device: torch.device) -> bool:
+    """Whether the Triton kernels run on ``device``, compiled or interpreted."""
+    return isinstance(TritonKernel().availability(device), Ok)
+
+
 class TritonKernel(Kernel):
     """Every mask, any lengths, grouped queries, head sizes up to 256; nothing to install.
 

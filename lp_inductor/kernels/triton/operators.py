@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lp_inductor import reference
-from lp_inductor.passes.result import Ok
 from lp_inductor.quantization import FP8
 
 
@@ -87,9 +86,9 @@ def quantize_centered(
 
 
 def _can_launch(x: Tensor) -> bool:
-    from lp_inductor.kernels.triton.kernel import TritonKernel
+    from lp_inductor.kernels.triton.kernel import can_launch
 
-    return x.numel() > 0 and isinstance(TritonKernel().availability(x.device), Ok)
+    return x.numel() > 0 and can_launch(x.device)
 
 
 def _has_form(
