@@ -25,6 +25,7 @@ from tests.kernels.one_operand import quantize_triton, quantize_value_triton
 from tests.kernels.quantize_checks import (
     LAYERS,
     Layer,
+    check_dither,
     check_key_blocks,
     check_layer,
     check_per_head,
@@ -91,6 +92,11 @@ def test_value(shape: tuple[int, ...], transpose: bool) -> None:
     """Centred, by channel or by token, with its mean; and with one scale for 128 tokens."""
     check_value(shape, CUDA, transpose)
     check_value_blocks(shape, CUDA, center=transpose)
+
+
+def test_dither() -> None:
+    """Values in bfloat16, which a mean would turn all in one direction."""
+    check_dither(65536, CUDA)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.name)

@@ -16,13 +16,16 @@ from tests.kernels.one_operand import (
 from tests.kernels.quantize_checks import (
     MIN_DB,
     by_token,
+    check_dither,
     check_key_blocks,
     check_per_head,
     check_rows,
     check_settled,
     check_value,
     check_value_blocks,
+    dithered,
     hadamard,
+    mean_shift,
 )
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
@@ -60,6 +63,23 @@ def test_key_blocks(rotation: Rotation) -> None:
 def test_value(shape: tuple[int, ...], transpose: bool) -> None:
     """One scale a head."""
     check_value(shape, CPU, transpose)
+
+
+def test_dither() -> None:
+    """Values in bfloat16, which a mean would turn all in one direction."""
+    check_dither(300, CPU)
+
+
+def test_what_dither_is_for() -> None:
+    """Without it the few numbers of bfloat16 are shifted alike against FP8's, all in one direction.
+
+    In the definition, which the kernel's bytes are compared with; for as many tokens as it takes.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 131072, 64, dtype=torch.bfloat16)
+    mean = x[:, :, ::32].float().mean(2, keepdim=True)
+    assert mean_shift(dithered(x) - mean, x - mean) < 1.4
+    assert mean_shift(x - mean, x - mean) > 2
 
 
 @pytest.mark.parametrize("center", [False, True])

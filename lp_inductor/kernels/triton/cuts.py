@@ -31,14 +31,14 @@ class Cut:
     stages: int = 1
 
 
-def parts_of(operands: Operands, transpose: bool = True) -> list[Operands]:
+def parts_of(operands: Operands, blocks: bool) -> list[Operands]:
     """What goes into one launch each.
 
-    A value that is stored transposed waits for nothing that the others need; one that is not, is so
-    quick beside them that a launch of its own does not pay.
+    Beside blocks of tokens, whose tiles are large, a value is quicker in a launch of its own: it
+    waits for nothing that the others need. Small tiles of all operands fill the card together.
     """
     alone = operands.key is None and operands.query is None
-    if operands.value is None or alone or not transpose:
+    if not blocks or operands.value is None or alone:
         return [operands]
     return [
         replace(operands, value=None),
@@ -46,7 +46,7 @@ def parts_of(operands: Operands, transpose: bool = True) -> list[Operands]:
     ]
 
 
-def choose_cut(operands: Operands, blocks: bool) -> Cut:
+def choose_cut(operands: Operands, blocks: bool, transpose: bool = True) -> Cut:
     """As measured best on an H200.
 
     Heads that share the rotation's tables are gone through by one program, which keeps those in
@@ -55,6 +55,7 @@ def choose_cut(operands: Operands, blocks: bool) -> Cut:
     Args:
         operands: those to quantise.
         blocks: some have a scale for a block of tokens, which is then their tile.
+        transpose: the value is stored transposed.
     """
     q_heads, k_heads, v_heads = (
         1 if t is None else t.shape[1] for t in (operands.query, operands.key, operands.value)
@@ -62,18 +63,18 @@ def choose_cut(operands: Operands, blocks: bool) -> Cut:
     if interpreted():
         return Cut(_divisor(q_heads, 2), _divisor(k_heads, 2), _divisor(v_heads, 2))
     q_together, k_together = (
-        1 if rope is None or rope.per_head else _divisor(heads, 8)
+        1 if rope is None or rope.per_head else _divisor(heads, 8 if blocks else 16)
         for rope, heads in ((operands.q_rope, q_heads), (operands.k_rope, k_heads))
     )
-    alone = operands.key is None and operands.query is None
-    if not blocks:
-        warps = 2 if operands.value is None else 4
-        return Cut(
-            q_together, k_together, 1, 32, 32, 64, warps, keep=True, stages=1 if alone else 3
-        )
-    # Two tiles under way must fit into 99 KiB of shared memory, which is all that Ada has.
     x = operands.any
-    fits = padded_lanes(x.shape[3]) * x.element_size() <= 256
+    # Tiles under way must fit into 99 KiB of shared memory, which is all that Ada has.
+    row = padded_lanes(x.shape[3]) * x.element_size()
+    if not blocks:
+        tokens = 16 if transpose else 32
+        stages = 4 if tokens * row <= 16384 else 2
+        return Cut(q_together, k_together, 1, tokens, tokens, 64, 4, keep=True, stages=stages)
+    alone = operands.key is None and operands.query is None
+    fits = row <= 256
     return Cut(q_together, k_together, warps=8 if alone else 16, keep=fits, stages=3 if fits else 1)
 
 

@@ -45,6 +45,11 @@ class Operands:
                 raise ValueError(f"head_dim {dim} is not a power of two from 16 to 256")
 
     @property
+    def empty(self) -> bool:
+        """Whether there is none."""
+        return self.query is None and self.key is None and self.value is None
+
+    @property
     def any(self) -> Tensor:
         """One of the operands, for a device and a batch."""
         x = next((t for t in (self.key, self.value, self.query) if t is not None), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from lp_inductor.kernels.triton.cuts import Cut, choose_cut, parts_of
 from lp_inductor.kernels.triton.operands import Operands, Quantized, new_float32
 from lp_inductor.kernels.triton.rope import rope_arguments
-from lp_inductor.kernels.triton.samples import V_LANES, Samples, sample
+from lp_inductor.kernels.triton.samples import Samples, sample
 from lp_inductor.kernels.triton.sizes import (
     cdiv,
     heads_first,
@@ -28,6 +27,9 @@ from lp_inductor.quantization import FP8, TOKEN_BLOCK
 ABSENT, BLOCK, ROW, GIVEN, GUESSED = range(5)
 #: Programs among which the tiles of a head are divided that is rounded again.
 _SPLITS = 8
+#: Half the distance of bfloat16's numbers at 1. Those of other types lie so close together that
+#: their rounding needs no dither.
+_HALF_STEP = 2.0**-8
 
 
 def quantize_fine(
@@ -73,7 +75,7 @@ def quantize_fine(
             operands.value, functools.partial(_per_tile, tokens=TOKEN_BLOCK)
         )
     scales = static_descales or (1.0, 1.0, 1.0)
-    for part in [operands] if cut is not None else parts_of(operands):
+    for part in [operands] if cut is not None else parts_of(operands, BLOCK in modes):
         _launch(part, out, modes, samples, cut=cut, given=scales)
     return _as_operands(operands, out, True)
 
@@ -101,8 +103,7 @@ def quantize_per_head(
         query_rows: give the query a scale a row instead.
         qk_dtype: float8_e4m3fn; or int8 for query and key, which then have a scale a row.
         center_key: subtract the mean of a sample of tokens, which attention does not see.
-        center_value: subtract the mean of a sample of tokens, which is returned, with what rounding
-            took from all of them on average (but where a guessed scale was too small).
+        center_value: subtract the mean of a sample of tokens, which is returned.
         exact_mean: the mean of all tokens where there are many: see :func:`sample`.
         transpose_value: store the value as our own attention kernel reads it.
         cut: None: as measured best.
@@ -116,6 +117,7 @@ def quantize_per_head(
     samples = sample(
         operands, center_key=center_key, center_value=center_value, exact_mean=exact_mean,
         guess=(present[0] and not query_rows, present[1] and not key_rows, present[2]),
+        group=group_size,
     )  # fmt: skip
     out = Quantized(v_mean=samples.v_mean)
     out.query, out.key, out.value = _storage(operands, qk_dtype, transpose_value)
@@ -127,32 +129,14 @@ def quantize_per_head(
         operands.key, lambda t: (*t.shape[:3], 1) if key_rows else t.shape[:2]
     )
     out.v_descale = new_float32(operands.value, lambda t: t.shape[:2])
-    whole = cut or choose_cut(operands, False)
-    partials = [
-        new_float32(t, functools.partial(_per_tile, tokens=tokens))
-        for t, tokens in (
-            (None if query_rows else operands.query, whole.q_tokens),
-            (None if key_rows else operands.key, whole.k_tokens),
-            (operands.value, whole.v_tokens),
-        )
-    ]
-    lost = None
-    if samples.v_mean is not None:
-        lost = new_float32(
-            operands.value,
-            lambda t: (*_per_tile(t, whole.v_tokens), padded_lanes(t.shape[3])),
-        )
-    more: dict[str, Any] = {
-        "partials": partials, "lost": lost, "group": group_size, "transpose": transpose_value
-    }  # fmt: skip
+    more: dict[str, Any] = {"cut": cut, "group": group_size, "transpose": transpose_value}
     modes = (ROW if query_rows else GUESSED, ROW if key_rows else GUESSED, GUESSED)
-    for part in [operands] if cut is not None else parts_of(operands, transpose_value):
-        _launch(part, out, modes, samples, cut=cut, **more)
+    _launch(operands, out, modes, samples, **more)
     guessed = replace(operands, query=None, q_rope=None) if query_rows else operands
     if key_rows:
         guessed = replace(guessed, key=None, k_rope=None, hadamard_qk=False)
-    if guessed.key is not None or guessed.value is not None or guessed.query is not None:
-        _launch(guessed, out, modes, samples, splits=_SPLITS, cut=cut, **more)
+    if not guessed.empty:
+        _launch(guessed, out, modes, samples, splits=_SPLITS, **more)
     return _as_operands(operands, out, transpose_value)
 
 
@@ -211,9 +195,7 @@ def _launch(
     samples: Samples,
     *,
     cut: Cut | None = None,
-    lost: Tensor | None = None,
     given: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    partials: Sequence[Tensor | None] = (None, None, None),
     group: int = 1,
     transpose: bool = True,
     splits: int = 0,
@@ -230,7 +212,7 @@ def _launch(
         ABSENT if t is None else mode
         for t, mode in zip((operands.query, operands.key, operands.value), modes, strict=True)
     )
-    cut = cut or choose_cut(operands, BLOCK in modes)
+    cut = cut or choose_cut(operands, BLOCK in modes, transpose)
     programs = 0
     for mode, t, tile, together in (
         (q_mode, query, cut.q_tokens, cut.q_heads), (k_mode, key, cut.k_tokens, cut.k_heads),
@@ -244,9 +226,10 @@ def _launch(
     k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
     pointers = (
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
-        out.q_descale, out.k_descale, out.v_descale, *partials, *samples.guesses, lost,
+        out.q_descale, out.k_descale, out.v_descale, *samples.seen, *samples.guesses,
     )  # fmt: skip
-    v_guesses = cdiv(value.shape[3], V_LANES)
+    v_guess = samples.guesses[2]
+    v_guesses = 1 if v_guess is None else int(v_guess.shape[2])
     from lp_inductor.kernels.triton import launch
 
     launch.quantize_operands(
@@ -268,9 +251,10 @@ def _launch(
         K_TABLE_PER_HEAD=operands.k_rope is not None and operands.k_rope.per_head,
         Q_SCALE=q_mode, K_SCALE=k_mode, V_SCALE=v_mode,
         CENTER_K=samples.k_mean is not None, CENTER_V=samples.v_mean is not None,
+        DITHER=_HALF_STEP if value.dtype == torch.bfloat16 else 0.0,
         HADAMARD_QK=operands.hadamard_qk, HADAMARD_V=operands.hadamard_v,
         INT8=torch.int8 in (t.dtype for t in (out.query, out.key) if t is not None),
-        TRANSPOSE=transpose, LOST=lost is not None, GROUP=group, GROUP_PADDED=_power(group),
+        TRANSPOSE=transpose, GROUP=group, GROUP_PADDED=_power(group),
         V_GUESSES=v_guesses, V_GUESSES_PADDED=_power(v_guesses), KEEP=cut.keep,
         SPLITS=splits, NUM_STAGES=cut.stages, INTERPRET=interpreted(), num_warps=cut.warps,
     )  # fmt: skip

@@ -17,11 +17,12 @@ from lp_inductor.kernels.triton.head_tiles import (
 
 @triton.jit
 def _sample(
-    x_ptr, cos_ptr, sin_ptr, mean_ptr, guess_ptr, row, tokens,
+    x_ptr, cos_ptr, sin_ptr, mean_ptr, guess_ptr, seen_ptr, row, tokens,
     stride_xs, stride_xd, stride_cs, stride_cd, stride_ss, stride_sd,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
     ROPE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr,
-    HADAMARD: tl.constexpr, CENTER: tl.constexpr, GUESS: tl.constexpr, INTERPRET: tl.constexpr,
+    HADAMARD: tl.constexpr, CENTER: tl.constexpr, GUESS: tl.constexpr, GROUP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Every ``step``-th token of one head: the mean, and the largest number beside it."""
     step = tl.maximum(tl.cdiv(tokens, TILE), 1).to(tl.int64)
@@ -52,6 +53,7 @@ def _sample(
         high = tl.where(exists, high - high_mean[None, :], 0.0)
     if GUESS:
         tl.store(guess_ptr + row, tl.max(rows_amax(low, high, False), 0))
+        tl.store(seen_ptr + row // GROUP, 0)
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def _sample_lanes(
     total = tl.zeros((TILE, LANES), tl.float32)
     highest = tl.full((TILE, LANES), float("-inf"), tl.float32)
     lowest = tl.full((TILE, LANES), float("inf"), tl.float32)
-    for first in range(0, count, TILE):
+    for first in tl.range(0, count, TILE, num_stages=3):
         index = first + tl.arange(0, TILE)
         rows = x_ptr + (index.to(tl.int64) * step)[:, None] * stride_xs
         mask = (index < count)[:, None] & (lanes < D)[None, :]
@@ -89,6 +91,7 @@ def _sample_lanes(
 def sample_operands(
     q_ptr, k_ptr, v_ptr, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr,
     k_mean_ptr, v_mean_ptr, q_guess_ptr, k_guess_ptr, v_guess_ptr,
+    q_seen_ptr, k_seen_ptr, v_seen_ptr,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
@@ -102,7 +105,7 @@ def sample_operands(
     K_ROPE: tl.constexpr, K_START: tl.constexpr, K_WIDTH: tl.constexpr, K_TABLE: tl.constexpr,
     HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr,
     CENTER_K: tl.constexpr, CENTER_V: tl.constexpr,
-    GUESS_K: tl.constexpr, GUESS_V: tl.constexpr,
+    GUESS_K: tl.constexpr, GUESS_V: tl.constexpr, GROUP: tl.constexpr,
     HADAMARD_QK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Means and largest numbers over evenly spread tokens of the rotated operands.
@@ -110,9 +113,10 @@ def sample_operands(
     Of query and key TILE tokens; of the value one in 32, with V_EXACT all from 32768 on and
     ever fewer below, but V_LEAST at least.
     ``mean`` (batch, kv_heads, dim); ``guess`` the largest number of the sample without its mean,
-    (batch, heads), of the value one for LANES lanes. A value is sampled before a Hadamard matrix,
-    the others behind it. Grid (heads of the query and the key, and of the value as often as there
-    are LANES in its dim, of those that are there; batch).
+    (batch, heads), of the value one for LANES lanes; ``seen`` (batch, heads / GROUP) gets zeros. A
+    value is sampled before a Hadamard matrix, the others behind it. Grid (heads of the query and
+    the key, and of the value as often as there are LANES in its dim, of those that are there;
+    batch).
     """
     heads = tl.cast(heads, tl.int32)
     kv_heads = tl.cast(kv_heads, tl.int32)
@@ -127,10 +131,10 @@ def sample_operands(
                 q_ptr + batch * stride_qb + head * stride_qh,
                 q_cos_ptr + batch * stride_qcb + head * stride_qch,
                 q_sin_ptr + batch * stride_qnb + head * stride_qnh,
-                q_guess_ptr, q_guess_ptr, batch * heads + head, q_tokens,
+                q_guess_ptr, q_guess_ptr, q_seen_ptr, batch * heads + head, q_tokens,
                 stride_qs, stride_qd, stride_qcs, stride_qcd, stride_qns, stride_qnd,
                 D, DP, TILE, Q_ROPE, Q_START, Q_WIDTH, Q_TABLE,
-                HADAMARD_QK, False, True, INTERPRET,
+                HADAMARD_QK, False, True, GROUP, INTERPRET,
             )  # fmt: skip
         program -= heads
     if HAS_K:
@@ -140,10 +144,10 @@ def sample_operands(
                 k_ptr + batch * stride_kb + head * stride_kh,
                 k_cos_ptr + batch * stride_kcb + head * stride_kch,
                 k_sin_ptr + batch * stride_knb + head * stride_knh,
-                k_mean_ptr, k_guess_ptr, batch * kv_heads + head, tokens,
+                k_mean_ptr, k_guess_ptr, k_seen_ptr, batch * kv_heads + head, tokens,
                 stride_ks, stride_kd, stride_kcs, stride_kcd, stride_kns, stride_knd,
                 D, DP, TILE, K_ROPE, K_START, K_WIDTH, K_TABLE,
-                HADAMARD_QK, CENTER_K, GUESS_K, INTERPRET,
+                HADAMARD_QK, CENTER_K, GUESS_K, 1, INTERPRET,
             )  # fmt: skip
         program -= kv_heads
     if HAS_V:
@@ -165,6 +169,7 @@ def sample_operands(
                 tl.store(v_mean_ptr + row * DV + lanes, mean, mask=lanes < DV)
             if GUESS_V:
                 tl.store(v_guess_ptr + row * tl.cdiv(DV, LANES) + part, amax)
+                tl.store(v_seen_ptr + row, 0)
 
 
 @triton.jit
