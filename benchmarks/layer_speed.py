@@ -7,11 +7,17 @@ installed, FA3. Milliseconds, batch 1, 32 heads; in a CUDA graph but for the lon
 our whole layer with a scale a head, "per block" with one for 128 tokens, "int8" with scores in
 INT8. "fa3 fp8" is our quantisation, one scale a head, in front of FA3. ``--ours`` names those to
 measure. FlashAttention-2, never the fastest on Hopper, is left out of the longest calls. The file
-is written as the sweep goes; with ``--seconds`` it ends after that long.
+is written as the sweep goes; with ``--seconds`` it ends after that long. ``--compile-first 14``
+fills the caches of torch.compile and Triton from that many processes at once before it measures:
+most of a sweep's time is compilation.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,20 +90,49 @@ def bf16(
     return run
 
 
-def measure(
-    dim: int, tokens: int, causal: bool, kv_heads: int, names: Sequence[str]
-) -> dict[str, Any]:
-    """Milliseconds of every way, and how much faster ours are than the best rival."""
+def inputs(dim: int, tokens: int, kv_heads: int) -> tuple[Tensors, Rope]:
+    """Query, key and value, heads inside tokens, and a rotation with whole tables."""
     torch.manual_seed(0)
-    torch._dynamo.reset()  # a rival compiled for each shape, as ours is
     query, key, value = (
         torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         for heads in (HEADS, kv_heads, kv_heads)
     )
-    operands = (query, key, value)
     angle = torch.randn(1, tokens, dim // 2, device="cuda").repeat(1, 1, 2)
-    rope = Rope(angle.cos(), angle.sin(), False, 0, dim)
+    return (query, key, value), Rope(angle.cos(), angle.sin(), False, 0, dim)
+
+
+def ways(operands: Tensors, rope: Rope, causal: bool, names: Sequence[str]) -> Runs:
+    """Ours, of those that are named and can be had."""
     visible = Visibility(upper=0 if causal else None)
+    runs: Runs = {
+        name: lambda options=options: attention_layer(  # type: ignore[misc]
+            *operands, q_rope=rope, k_rope=rope, visible=visible, **options
+        )
+        for name, options in OURS.items()
+        if name in names
+    }
+    if "fa3 fp8" in names and importlib.util.find_spec("fa3_fwd_interface") is not None:
+        runs["fa3 fp8"] = fa3_fp8(operands, rope, causal)
+    return runs
+
+
+def compile_call(dim: int, tokens: int, causal: bool, kv_heads: int, names: Sequence[str]) -> None:
+    """Leave in the caches what a call needs: of ours few tokens are enough."""
+    torch._dynamo.reset()
+    (query, key, _), rope = inputs(dim, tokens, kv_heads)
+    _rotate_both(query, key, rope.cos.unsqueeze(1), rope.sin.unsqueeze(1))
+    operands, rope = inputs(dim, 512, kv_heads)
+    for run in ways(operands, rope, causal, names).values():
+        run()
+    torch.cuda.synchronize()
+
+
+def measure(
+    dim: int, tokens: int, causal: bool, kv_heads: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """Milliseconds of every way, and how much faster ours are than the best rival."""
+    torch._dynamo.reset()  # a rival compiled for each shape, as ours is
+    operands, rope = inputs(dim, tokens, kv_heads)
     backends = torch.nn.attention.SDPBackend
     rivals: Runs = {
         name: bf16(lambda q, k, v, b=b: sdpa(b, q, k, v, causal)(), operands, rope)
@@ -115,15 +150,7 @@ def measure(
         )  # fmt: skip
     except ImportError:
         pass
-    ours: Runs = {
-        name: lambda options=options: attention_layer(  # type: ignore[misc]
-            *operands, q_rope=rope, k_rope=rope, visible=visible, **options
-        )
-        for name, options in OURS.items()
-        if name in names
-    }
-    if "fa3 bf16" in rivals and "fa3 fp8" in names:
-        ours["fa3 fp8"] = fa3_fp8(operands, rope, causal)
+    ours = ways(operands, rope, causal, names)
     row: dict[str, Any] = {"dim": dim, "tokens": tokens, "causal": causal, "kv_heads": kv_heads}
     if _work(row) > 128 * 32768**2:
         del rivals["flash bf16"]
@@ -161,6 +188,8 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[HEADS, 8])
     parser.add_argument("--ours", nargs="+", default=[*OURS, "fa3 fp8"])
     parser.add_argument("--seconds", type=float, default=240.0, help="when to stop")
+    parser.add_argument("--compile-first", type=int, default=0, help="processes to compile with")
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     calls = [
         (dim, tokens, causal, kv_heads)
@@ -169,6 +198,21 @@ def main() -> None:
         for kv_heads in arguments.kv_heads
         for causal in (False, True)
     ]
+    if arguments.share:
+        mine, shares = arguments.share
+        for call in calls[mine::shares]:
+            compile_call(*call, arguments.ours)
+        return
+    compiling = [
+        subprocess.Popen([
+            sys.executable, "-m", "benchmarks.layer_speed", *sys.argv[1:],
+            "--share", str(share), str(arguments.compile_first),
+        ])
+        for share in range(arguments.compile_first)
+    ]  # fmt: skip
+    statuses = [process.wait() for process in compiling]
+    if any(statuses):
+        raise SystemExit("compilation failed")
     rows: list[dict[str, Any]] = []
     start = time.monotonic()
     for call in calls:

@@ -140,6 +140,19 @@ def test_no_size_is_bound(layout: str, count: int, options: dict[str, Any]) -> N
     assert not any("copy" in name or "clone" in name for name in names), names
 
 
+def test_what_each_launch_writes() -> None:
+    """The largest numbers too, which are collected by atomic operations: others wait for them."""
+    graph, _ = traced("bshd")
+    sampling, rounding, settling, attention = (set(call) for call in launches(graph))
+    seen, descales = {"k_seen_ptr", "v_seen_ptr"}, {"k_descale_ptr", "v_descale_ptr"}
+    assert sampling >= seen | {"k_guess_ptr", "v_guess_ptr", "k_mean_ptr", "v_mean_ptr"}
+    assert rounding >= seen | {"q_out_ptr", "k_out_ptr", "v_out_ptr", "q_descale_ptr"}
+    assert settling >= descales | {"k_out_ptr", "v_out_ptr"}
+    assert attention == {"out_ptr"}
+    # What a launch only reads, it must not keep others from writing to.
+    assert not settling & (seen | {"q_out_ptr", "q_descale_ptr"})
+
+
 def test_result_shape() -> None:
     """The result has the symbols of the query, and is stored by tokens."""
     graph, _ = traced("bshd")
@@ -167,3 +180,7 @@ def test_tiles_fit_into_small_shared_memories(dim: int, dtype: torch.dtype, stag
     cut = choose_cut(operands, blocks=True)
     assert cut.stages == stages
     assert (cut.stages > 1) <= (2 * 128 * dim * dtype.itemsize < 99 * 1024)
+    for transpose in (False, True):
+        cut = choose_cut(operands, blocks=False, transpose=transpose)
+        assert cut.stages > 1 and cut.k_heads == 16
+        assert (cut.stages - 1) * cut.k_tokens * dim * dtype.itemsize < 99 * 1024
