@@ -5,13 +5,15 @@ AOTInductor, stock and in FP8, and compiles it with torch.compile, stock and wit
 of the two runs in a process and with a cache of its own; ``--together`` compiles both at once,
 where there are cores enough. Packages are run by the C++ program of ``examples/aoti_cpp``, the
 compiled models in Python, both timed one run after another, each waited for, with nothing else at
-work:
+work. On a GPU Python's launches may take longer than what they launch, so that there the compiled
+models are also timed as CUDA graphs (``jit_graph``): a package should take no longer than that work
+of the GPU. Both use one FP8 kernel; ``auto`` might choose one for them that no package may hold.
 
     python -m benchmarks.aoti --device cuda --tokens 1024 8192 --json benchmarks/results/aoti.json
 
-Prints a table and, with ``--json PATH``, writes the raw numbers with versions and machine. The
-accuracy is that of the logits of the last tokens against the same model in float32, eagerly. Needs
-transformers (the ``demo`` extra), g++, and no CUDA toolkit.
+Prints tables and, with ``--json PATH``, writes the raw numbers and their ratios with versions and
+machine. The accuracy is that of the logits of the last tokens against the same model in float32,
+eagerly. Needs transformers (the ``demo`` extra), g++, and no CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("stock", "fp8")
+WAYS = ("jit", "jit_graph", "package")
+DEFAULT_KERNEL = {"cpu": "auto", "cuda": "triton"}
 LAST = 64  # tokens whose logits are returned: those of all would be most of the work
 VOCABULARY = 49152
 
@@ -116,16 +120,22 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
             }
             plain = ids.detach().clone().cpu()
             torch.save({"inputs": [plain], "outputs": [reference.cpu()]}, folder / f"{number}.pt")
+        fused: dict[str, Any] = {"fused": 0}
+        if variant == "fp8":
+            info = lp_inductor.read_package(package)["model"]
+            sites = lp_inductor.explain(model, inputs[0], config=config).sites
+            fused = {
+                "fused": info.report.fused,
+                "jit_kernels": sorted({site.kernel or "stock" for site in sites}),
+                "package_kernels": list(info.kernels),
+            }
         with quiet(folder, options.together):
             for row, ids in zip(rows.values(), inputs, strict=True):
-                row["jit_ms"] = latency_ms(lambda ids=ids: compiled(ids), device, options.repeat)
-    fused = 0
-    if variant == "fp8":
-        fused = lp_inductor.read_package(package)["model"].report.fused
+                row |= time_compiled(lambda ids=ids: compiled(ids), device, options.repeat)
     return {
         "package_s": package_seconds,
         "package_bytes": package.stat().st_size,
-        "fused": fused,
+        **fused,
         "rows": rows,
         "versions": versions(device),
     }
@@ -164,6 +174,33 @@ def latency_ms(run: Callable[[], Any], device: str, repeat: int) -> float:
         if number >= 0:
             times.append(1000 * (time.perf_counter() - begin))
     return statistics.median(times)
+
+
+def time_compiled(run: Callable[[], Any], device: str, repeat: int) -> dict[str, float]:
+    """What torch.compile made, called from Python, and on a GPU as a CUDA graph."""
+    times = {"jit_ms": latency_ms(run, device, repeat)}
+    if device == "cuda":
+        try:
+            times["jit_graph_ms"] = latency_ms(capture(run).replay, device, repeat)
+        except RuntimeError as error:
+            print(f"cannot be captured in a CUDA graph: {error}", file=sys.stderr)
+    return times
+
+
+def capture(run: Callable[[], Any]) -> Any:
+    """A CUDA graph of a run that has been warmed up."""
+    import torch
+
+    # Libraries prepare themselves for a new stream, which a capture does not allow.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    return graph
 
 
 def versions(device: str) -> dict[str, str]:
@@ -232,7 +269,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--kernel", default="auto", help="the FP8 kernel (default: auto)")
+    parser.add_argument("--kernel", help="the FP8 kernel (default: triton on cuda, else auto)")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--repeat", type=int, default=30)
@@ -241,7 +278,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the raw numbers here")
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.kernel = options.kernel or DEFAULT_KERNEL[options.device]
+    return options
+
+
+def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """For each length: packages beside torch.compile, and how many times as fast FP8 is."""
+    found = {}
+    for tokens in results["stock"]["rows"]:
+        times = {
+            (variant, key.removesuffix("_ms")): value
+            for variant in VARIANTS
+            for key, value in results[variant]["rows"][tokens].items()
+            if key.endswith("_ms")
+        }
+        pairs = [
+            ((v, "package"), (v, way), f"{v} package/{way}") for v in VARIANTS for way in WAYS[:2]
+        ]
+        pairs += [(("stock", way), ("fp8", way), f"{way} stock/fp8") for way in WAYS]
+        found[tokens] = {
+            name: times[above] / times[below]
+            for above, below, name in pairs
+            if above in times and below in times
+        }
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -253,14 +314,18 @@ def table(results: dict[str, Any]) -> str:
             f"{variant:7s}  {found['package_s']:9.1f}  {found['package_bytes'] / 2**20:11.2f}  "
             f"{first:11.1f}  {found['fused']:5d}"
         )
-    lines += ["", "variant  tokens  JIT ms     package ms  package/JIT  JIT dB  package dB"]
+    lines += ["", "variant  tokens  JIT ms     graph ms   package ms  JIT dB  package dB"]
     for variant, found in results.items():
         for tokens, row in found["rows"].items():
+            times = (f"{row.get(f'{way}_ms', math.nan):9.3f}" for way in WAYS)
             lines.append(
-                f"{variant:7s}  {tokens:6s}  {row['jit_ms']:9.3f}  {row['package_ms']:10.3f}  "
-                f"{row['package_ms'] / row['jit_ms']:11.3f}  {row['jit_sqnr_db']:6.2f}  "
+                f"{variant:7s}  {tokens:6s}  {'  '.join(times)}   {row['jit_sqnr_db']:6.2f}  "
                 f"{row['package_sqnr_db']:10.2f}"
             )
+    for tokens, row in ratios(results).items():
+        lines += ["", *(f"{tokens:6s}  {name:23s}  {ratio:6.3f}" for name, ratio in row.items())]
+    fp8 = results["fp8"]
+    lines += ["", f"FP8 kernels: JIT {fp8['jit_kernels']}, package {fp8['package_kernels']}"]
     return "\n".join(lines)
 
 
@@ -269,7 +334,9 @@ def save(results: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         left_out = ("json", "child", "folder", "program")
         chosen = {key: value for key, value in vars(options).items() if key not in left_out}
-        options.json.write_text(json.dumps({"options": chosen, **results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"options": chosen, **results, "ratios": ratios(results)}, indent=1) + "\n"
+        )
 
 
 def main() -> None:
