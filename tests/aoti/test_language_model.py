@@ -14,6 +14,7 @@ import torch
 
 import lp_inductor
 from lp_inductor.demo.model import LOADER_PACKAGES, MODEL_PACKAGE
+from lp_inductor.demo.run import DemoOptions
 from tests.aoti.build import LENGTHS
 from tests.aoti.processes import build_once, build_program, python, run_program, run_without_us
 
@@ -43,6 +44,12 @@ def test_the_demo_rewrites_every_site_and_keeps_the_perplexity(built: Path) -> N
     assert found["sites"] == found["fused"] == found["rope_fused"] == LAYERS
     assert found["perplexity_fp8"] == pytest.approx(found["perplexity_reference"], rel=0.01)
     assert found["continuation_fp8"]
+
+
+def test_the_text_of_the_demo_fills_its_windows(built: Path) -> None:
+    (ids,) = torch.load(built / "text.pt")["inputs"]
+    assert ids.numel() >= 4096
+    assert ids.numel() >= DemoOptions().windows * DemoOptions().window
 
 
 def test_every_layer_of_the_package_is_fp8(built: Path) -> None:
