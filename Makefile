@@ -4,7 +4,7 @@
 #
 #   make demo    a real language model, its attention in FP8, compared with bfloat16
 #   make test    lint, then the tests
-#   make test-long  the tests that take many minutes
+#   make test-long  what make test leaves out for its time
 #   make lint    ruff and mypy
 #   make coverage  docs/coverage.md, measured anew on the model zoo
 

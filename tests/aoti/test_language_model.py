@@ -1,11 +1,12 @@
-"""Whole language models in packages, for any number of tokens.
+"""SmolLM2-135M as the demo compiles it, and in a package for any number of tokens.
 
-A Llama of SmolLM2's shape, two layers deep, and SmolLM2-135M itself, which is a long test.
+One process loads it once, runs the demo, and packages it: see ``build_language_model``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -13,39 +14,47 @@ import torch
 
 import lp_inductor
 from lp_inductor.demo.model import LOADER_PACKAGES, MODEL_PACKAGE
-from tests.aoti.build import LENGTHS, LLAMA_LAYERS
+from lp_inductor.demo.run import DemoOptions
+from tests.aoti.build import LENGTHS
 from tests.aoti.processes import build_once, build_program, python, run_program, run_without_us
 
-
-def missing(*packages: str) -> pytest.MarkDecorator:
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}")
-
-
-LAYERS = {"llama": LLAMA_LAYERS, "smollm2": 30}
-MODELS = [
-    pytest.param("llama", marks=missing("transformers")),
-    pytest.param("smollm2", marks=[pytest.mark.long, missing(MODEL_PACKAGE, *LOADER_PACKAGES)]),
+ABSENT = [
+    name for name in (MODEL_PACKAGE, *LOADER_PACKAGES) if importlib.util.find_spec(name) is None
 ]
-
-
-@pytest.fixture(scope="session", params=MODELS)
-def model(request: pytest.FixtureRequest) -> str:
-    """The name of a model."""
-    return str(request.param)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {ABSENT}"),
+]
+LAYERS = 30
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
-    """Its package, and the logits of torch.compile for two texts."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo printed, a package, and the logits of torch.compile for two texts."""
     return build_once(
-        tmp_path_factory, model, lambda folder: python("-m", "tests.aoti.build", model, folder)
+        tmp_path_factory,
+        "language-model",
+        lambda folder: python("-m", "tests.aoti.build", "language-model", folder),
     )
 
 
-def test_every_layer_is_fp8(built: Path, model: str) -> None:
+def test_the_demo_rewrites_every_site_and_keeps_the_perplexity(built: Path) -> None:
+    (line,) = (built / "demo.json").read_text().splitlines()
+    found = json.loads(line)
+    assert found["sites"] == found["fused"] == found["rope_fused"] == LAYERS
+    assert found["perplexity_fp8"] == pytest.approx(found["perplexity_reference"], rel=0.01)
+    assert found["continuation_fp8"]
+
+
+def test_the_text_of_the_demo_fills_its_windows(built: Path) -> None:
+    (ids,) = torch.load(built / "text.pt")["inputs"]
+    assert ids.numel() >= 4096
+    assert ids.numel() >= DemoOptions().windows * DemoOptions().window
+
+
+def test_every_layer_of_the_package_is_fp8(built: Path) -> None:
     report = lp_inductor.read_package(built / "model.pt2")["model"].report
-    assert len(report.sites) == report.fused == report.rope_fused == LAYERS[model]
+    assert len(report.sites) == report.fused == report.rope_fused == LAYERS
     assert {site.mask for site in report.sites} == {"causal"}
     assert all(isinstance(site.query_shape[2], str) for site in report.sites)
 
