@@ -21,7 +21,7 @@ from tests.random_models import CHOICES, DIM, HEADS, Choices, Model
 
 # Shrinking a failure takes minutes here: models are small enough to read as they are drawn.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-CASES = int(os.environ.get("LP_INDUCTOR_FUZZ", "40"))
+CASES = int(os.environ.get("LP_INDUCTOR_FUZZ", "24"))
 
 
 def run(choices: Choices, seed: int) -> tuple[Any, Any, Site]:

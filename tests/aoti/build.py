@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,8 @@ import lp_inductor
 from lp_inductor import AttentionCall, Kernel, Library, Miss, Ok, PackageError, Visibility, cli
 from lp_inductor.demo import run as demo_run
 from lp_inductor.demo.model import load_language_model, logits_of
-from lp_inductor.demo.run import Tools, compile_fp8, run_demo
+from lp_inductor.demo.result import DemoResult
+from lp_inductor.demo.run import DemoOptions, Tools, compile_fp8, run_demo
 from lp_inductor.demo.text import load_text
 from lp_inductor.kernels import get_kernel
 from lp_inductor.kernels.fa3 import Fa3Kernel, Fa3Library
@@ -34,6 +35,10 @@ from tests.test_rewrites import qkv
 SIZES = ((2, 16), (3, 40), (1, 7))
 #: Tokens of the two texts that language models are run with; they are exported with the first.
 LENGTHS = (64, 97)
+#: Tokens on which the demo measures the perplexity of a language model.
+WINDOW = 512
+#: The code around the kernels is long; optimising it takes longer than running it here.
+QUICKLY = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 TEST_LIBRARY = Library("lp_test", ("lp_test::attention",))
 
 
@@ -140,7 +145,9 @@ def build_models(folder: Path) -> None:
     x, y = torch.randn(2, 16, 64, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
     static = torch.export.export(layer, (x,), {"y": y}, strict=False)
     lp_inductor.aoti_compile_and_package(
-        {"dynamic": dynamic, "static": static}, package_path=folder / "models.pt2"
+        {"dynamic": dynamic, "static": static},
+        package_path=folder / "models.pt2",
+        inductor_configs=QUICKLY,
     )
     # A package has no guards: one that is added would fix a size, or its range, without a word.
     assert list(shape_env_of(dynamic).guards) == guards
@@ -196,6 +203,7 @@ def build_adapted(folder: Path) -> None:
         program,
         package_path=folder / "adapted.pt2",
         config={"kernel": "adapted"},
+        inductor_configs=QUICKLY,
         libraries=["lp-test-fa3"],
     )
     assert list(shape_env_of(program).guards) == guards
@@ -217,13 +225,16 @@ def build_language_model(folder: Path) -> None:
         compiled.append(compile_fp8(module))
         return compiled[0]
 
-    tools = Tools(load=lambda: model, compile=compile_once)
+    def short_demo(options: DemoOptions, **arguments: Any) -> DemoResult:
+        tools = Tools(load=lambda: model, compile=compile_once)
+        return run_demo(replace(options, window=WINDOW), tools=tools, **arguments)
+
     with (
         (folder / "demo.json").open("w") as printed,
         contextlib.redirect_stdout(printed),
-        mock.patch.object(demo_run, "run_demo", partial(run_demo, tools=tools)),
+        mock.patch.object(demo_run, "run_demo", short_demo),
     ):
-        # One window and a short continuation show the same as the whole demo.
+        # One half window and a short continuation show the same as the whole demo.
         assert cli.main(["demo", "--json", "--windows", "1", "--tokens", "8"]) == cli.EXIT_OK
     ids = model.tokens(load_text())
     save(folder / "text.pt", [ids], [])
@@ -235,8 +246,7 @@ def build_language_model(folder: Path) -> None:
         lp_inductor.aoti_compile_and_package(
             export_prefill(model.module, ids[:, : LENGTHS[0]]),
             package_path=folder / "model.pt2",
-            # The code around the kernels is long; optimising it takes longer than running it.
-            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+            inductor_configs=QUICKLY,
         )
 
 

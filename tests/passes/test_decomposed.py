@@ -39,7 +39,7 @@ from tests.models import causal_mask, half_tables, rope_half
 SDPA = torch.ops.lp_inductor.sdpa.default
 Model = Callable[..., Any]
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-CASES = int(os.environ.get("LP_INDUCTOR_FUZZ", "60"))
+CASES = int(os.environ.get("LP_INDUCTOR_FUZZ", "40"))
 
 
 @dataclass

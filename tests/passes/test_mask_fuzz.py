@@ -37,7 +37,7 @@ Term: TypeAlias = tuple[Any, ...]
 COMPARISONS = st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"])
 SMALL = st.integers(-3, 4)
 DIVISORS = st.sampled_from([1, 2, 3, 5])
-EXAMPLES = int(os.environ.get("LP_INDUCTOR_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("LP_INDUCTOR_FUZZ", "60"))
 
 #: The run-time tensors that terms may read, as (name, shape): -1 is the axis of the vector.
 INTEGER_DATA = ("positions", "lengths", "extremes", "scalar")

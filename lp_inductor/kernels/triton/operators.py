@@ -71,7 +71,10 @@ def quantize_centered(
     hadamard: bool = False,
     static_descale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`lp_inductor.reference.quantize_centered`."""
+    """See :func:`lp_inductor.reference.quantize_centered`.
+
+    With one scale a head, which the kernel guesses, the mean is one over a sample of the tokens.
+    """
     if not _can_launch(x) or scales != "head" or static_descale is not None:
         return reference.quantize_centered(
             x, scales=scales, hadamard=hadamard, static_descale=static_descale
