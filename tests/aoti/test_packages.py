@@ -273,6 +273,7 @@ def test_a_library_that_is_loaded(built: Path, program: Path) -> None:
     assert status == 1 and "cannot load the library" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", range(len(SIZES)))
 def test_an_operator_behind_an_adapter(adapted: Path, program: Path, n: int) -> None:
     """The library's operator hands back what it is given, and tensors that are undefined."""
@@ -284,6 +285,7 @@ def test_an_operator_behind_an_adapter(adapted: Path, program: Path, n: int) -> 
     assert MIN_DB <= float(printed["sqnr"].removesuffix(" dB")) < 40
 
 
+@pytest.mark.long
 def test_an_operator_behind_an_adapter_that_is_missing(adapted: Path, program: Path) -> None:
     package = adapted / "adapted.pt2"
     with pytest.raises(PackageError, match=r"lp_test_fa3::fwd.*lp-test-fa3.*libraries="):
@@ -349,7 +351,9 @@ def test_the_upstream_overload_without_us_cannot_be_packaged(tmp_path: Path) -> 
 # --- C++ wrappers under torch.compile -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", ["reference", "test-called"])
+@pytest.mark.parametrize(
+    "kernel", ["reference", pytest.param("test-called", marks=pytest.mark.long)]
+)
 def test_cpp_wrapper(kernel: str) -> None:
     """A kernel in Python is called from there too: Python is at hand."""
     from lp_inductor.kernels.reference import ReferenceKernel

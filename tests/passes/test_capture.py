@@ -320,6 +320,7 @@ def test_regional_compilation() -> None:
     assert 20 < sqnr(reference, ours) < 60
 
 
+@pytest.mark.long
 def test_blocks_that_diffusers_repeats() -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

@@ -347,9 +347,19 @@ DYNAMIC = (
 )
 
 
+#: Of those, what each run of the tests traces: test_speed's, which are traced anyway.
+SHORT = ("llama, position ids", "llama4", "mistral, padded")
+
+
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [*((name, False) for name in MODELS), *((name, True) for name in DYNAMIC)],
+    [
+        *((name, False) for name in MODELS),
+        *(
+            pytest.param(name, True, marks=[] if name in SHORT else pytest.mark.long)
+            for name in DYNAMIC
+        ),
+    ],
 )
 def test_model(name: str, dynamic: bool) -> None:
     masks = masks_of(name, dynamic)

@@ -130,6 +130,7 @@ def test_fast_path_is_reported() -> None:
     assert torch.equal(ours, stock)
 
 
+@pytest.mark.long
 def test_layers_without_the_fast_path() -> None:
     layer = encoder_layer()
     enabled = torch.backends.mha.get_fastpath_enabled()

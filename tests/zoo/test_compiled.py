@@ -11,10 +11,16 @@ from tests.zoo.measure import primary
 from tests.zoo.outcomes import ZooCase
 
 NAMES = ("Llama, DynamicCache, decode", "Gemma2, no cache")
+LONG = NAMES[1:]
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in NAMES], ids=lambda case: case.name
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else [])
+        for case in CASES
+        if case.name in NAMES
+    ],
 )
 def test_same_bits_as_stock(case: ZooCase) -> None:
     results = []

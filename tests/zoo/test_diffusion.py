@@ -8,7 +8,24 @@ from tests.zoo.cases_diffusion import CASES
 from tests.zoo.checks import check
 from tests.zoo.outcomes import ZooCase
 
+#: Ten seconds and more each; the architecture, or the way it masks, is there in another case.
+LONG = {
+    "Mochi, padded prompt",
+    "UNet2DCondition, padded prompt",
+    "HunyuanVideo, padded prompt",
+}
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else [])
+        for case in CASES
+    ],
+)
 def test_diffusion_model(case: ZooCase) -> None:
     check(case)
+
+
+def test_the_long_ones_are_cases() -> None:
+    assert {case.name for case in CASES} >= LONG
