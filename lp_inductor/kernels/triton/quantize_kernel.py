@@ -17,8 +17,8 @@ Subtracting any constant from all keys changes no attention, and what is subtrac
 is added to the result. So the mean over a sample of the tokens serves as well as over all. But a
 constant shifts the values against the numbers that FP8 has, and bfloat16 has so few numbers that
 many tokens are then rounded in the same direction: over 131072 of them attention's result is small
-beside what that adds up to. So before a mean is subtracted, every value is moved within the
-interval of numbers that bfloat16 had rounded to it (dither), which noise is far below that of FP8.
+beside what that adds up to. So before a mean is subtracted, the numbers of every token are moved
+about as far as rounding to bfloat16 may have done (dither), a noise far below that of FP8.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lp_inductor.kernels.triton.sizes import cdiv, interpreted, padded_lanes
 #: scales of queries and keys.
 SAMPLES = 64
 #: Lanes of a value that one program looks at, and tokens at a time, which are the fewest.
-V_LANES, _V_TOKENS = 32, 128
+_V_LANES, _V_TOKENS = 32, 128
 
 
 @dataclass
@@ -74,7 +74,7 @@ def sample(
         (
             new_float32(query, lambda t: t.shape[:2]) if guess[0] else None,
             new_float32(key, lambda t: t.shape[:2]) if guess[1] else None,
-            new_float32(value, lambda t: (*t.shape[:2], cdiv(dim_v, V_LANES)))
+            new_float32(value, lambda t: (*t.shape[:2], cdiv(dim_v, _V_LANES)))
             if guess[2]
             else None,
         ),
@@ -90,14 +90,14 @@ def sample(
     from lp_inductor.kernels.triton import launch
 
     programs = query.shape[1] * has_q
-    programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, V_LANES) * has_v
+    programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _V_LANES) * has_v
     launch.sample_operands(
         (programs, x.shape[0]),
         query, key, value, *q_tables, *k_tables, *(x if t is None else t for t in written),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,
-        LANES=V_LANES, V_TILE=_V_TOKENS, V_LEAST=_V_TOKENS, V_EXACT=exact_mean,
+        LANES=_V_LANES, V_TILE=_V_TOKENS, V_LEAST=_V_TOKENS, V_EXACT=exact_mean,
         **{f"Q_{name}": constant for name, constant in q_rope.items()},
         **{f"K_{name}": constant for name, constant in k_rope.items()},
         HAS_Q=has_q, HAS_K=has_k, HAS_V=has_v, CENTER_K=center_key, CENTER_V=center_value,
