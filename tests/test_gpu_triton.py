@@ -154,7 +154,7 @@ def test_streams() -> None:
         want = compiled(*operands)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(400_000_000)
             moved = [t * 1 for t in operands]
             got = compiled(*moved)
         assert not stream.query()

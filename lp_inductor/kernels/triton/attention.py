@@ -88,7 +88,7 @@ def attention_triton(
     visible = visible or Visibility()
     scale = head_dim**-0.5 if scale is None else float(scale)
     if blocks is None:
-        blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
+        blocks = choose_blocks(head_dim, dim_v, visible, shared_memory(query.device))
     storage = query.new_empty((batch, query_len, heads, dim_v), dtype=out_dtype)
     out = storage.transpose(1, 2)
     lse = query.new_empty((batch, heads, query_len), dtype=torch.float32) if return_lse else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lp_inductor.kernels.triton.sizes import known
+from lp_inductor.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,27 @@ def split_dim(dim: int, least: int = 32) -> tuple[int, int]:
 
 
 def choose_blocks(
-    head_dim: int, value_head_dim: int, mask: Tensor | None, shared_memory: int
+    head_dim: int, value_head_dim: int, visible: Visibility, shared_memory: int
 ) -> Blocks:
     """The tile sizes, as measured best on an H200; smaller where shared memory is.
 
     Args:
         head_dim, value_head_dim: up to 256.
-        mask: the mask tensor, of which tiles are kept in shared memory where it varies over
-            queries.
+        visible: which keys each query sees; tiles of a mask tensor that varies over queries are
+            kept in shared memory.
         shared_memory: bytes that one program may use; 0: Triton's interpreter runs the kernel.
     """
     if shared_memory == 0:
         return Blocks(32, 64, 4, 1)
+    mask = visible.tensor
     per_row_mask = mask is not None and not known(mask.shape[2] == 1)
     mask_bytes = mask.element_size() if mask is not None and per_row_mask else 0
     small = shared_memory < 200 * 1024
     if max(head_dim, value_head_dim) > 128:
         if small or mask_bytes > 2:
             return Blocks(64, 64, 4, 2, two_level=False)
+        if visible.upper is not None and not mask_bytes:
+            return Blocks(64, 64, 4, 3, two_level=False)
         return Blocks(128, 64 if mask_bytes else 128, 8, 2, two_level=False)
     if mask_bytes > 2:
         return Blocks(64, 64, 4, 2)

@@ -76,7 +76,7 @@ def attention_layer(
     """
     visible = visible or Visibility()
     head_dim, dim_v = key.shape[-1], value.shape[-1]
-    blocks = choose_blocks(head_dim, dim_v, visible.tensor, shared_memory(query.device))
+    blocks = choose_blocks(head_dim, dim_v, visible, shared_memory(query.device))
     center_value = center_value or not blocks.two_level
     operands = Operands(query, key, value, q_rope, k_rope, hadamard_qk, hadamard_v)
     if granularity == "per_head" and static_descales is None:
