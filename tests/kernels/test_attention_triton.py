@@ -110,6 +110,47 @@ def test_int8_scores() -> None:
     assert sqnr(got, want) > MIN_DB - 7
 
 
+@pytest.mark.parametrize("keys", [32, 64])
+@pytest.mark.parametrize("two_level", [True, False])
+@pytest.mark.parametrize(
+    "levels", [(0, -16), (0, -16, -20), (-16, 0, -16), (0, -60, 0), (-60, -16, 0), (30, -60, 30)]
+)
+@needs_interpreter
+def test_keys_far_below_the_largest(levels: tuple[int, ...], two_level: bool, keys: int) -> None:
+    """What tiles of tiny probabilities hold is not lost beside a key that takes them nearly all.
+
+    Such a key, an attention sink, has a value near zero. Tiles follow each other at ``levels``
+    (natural logarithm), the first key of the highest being the sink.
+    """
+    from lp_inductor.kernels.triton.attention import attention_triton, transpose_value
+
+    width = 64
+    tokens = width * len(levels)
+    scores = torch.cat([level + 0.3 * torch.randn(width) for level in levels])
+    sink = levels.index(max(levels)) * width
+    scores[sink + 1 : sink + width] = -70.0
+    key = torch.zeros(1, 1, tokens, 32)
+    key[..., 0] = scores
+    key[..., 1] = scores - key[..., 0].to(torch.float8_e4m3fn).float()[0, 0]  # the rest of it
+    query = torch.zeros(1, 1, 5, 32)
+    query[..., :2] = 1.0
+    value = torch.randn(1, 1, tokens, 32)
+    value[:, :, sink] = 0.0
+    q8, k8, v8 = (t.to(torch.float8_e4m3fn) for t in (query, key, value))
+    one = torch.ones(1, 1)
+    got, lse = attention_triton(
+        q8, k8, transpose_value(v8), one, one, one, scale=1.0, out_dtype=torch.float32,
+        blocks=Blocks(32, keys, 4, 1, two_level), return_lse=True,
+    )  # fmt: skip
+    exact = (q8.double() @ k8.double().mT).softmax(-1)
+    want = exact @ v8.double()
+    assert sqnr(got, want.float()) > 27.0
+    assert lse is not None
+    torch.testing.assert_close(
+        lse, (q8.double() @ k8.double().mT).logsumexp(-1).float(), rtol=1e-5, atol=1e-5
+    )
+
+
 @needs_interpreter
 def test_strides() -> None:
     """Operands in any order of the dimensions but the last, and slices of larger tensors."""

@@ -36,6 +36,8 @@ from lp_inductor.kernels.triton.head_tiles import round_to_fp8
 #: Probabilities are scaled by 2**8 before they are rounded to FP8, whose smallest normal number is
 #: 2**-6 and whose largest is 448: what is 2**-14 of the row's largest keeps full precision.
 LOG2_P_SCALE = tl.constexpr(8.0)
+#: How many powers of two below the row's largest probability those of a tile may all be.
+REACH = tl.constexpr(32.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 #: The smallest normal float32.
 SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -63,7 +65,7 @@ def _block_scale(ptr, key, key_len, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+    acc0, acc1, row_sum, row_max, row_base, v_scale, q0, q1, qk_scale,
     k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
     stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
     rows, query_len, key_len, lower, upper, chunk, start, end,
@@ -131,15 +133,16 @@ def _attend(
         tile_max = tl.max(s, 1)
         if not PRESCALE:
             tile_max = tile_max * scale
-        new_max = tl.maximum(row_max, tile_max)
-        base = new_max
+        new_base = tl.maximum(tile_max, row_max - REACH)
+        row_max = tl.maximum(row_max, tile_max)
+        base = new_base
         if EDGE or MASK != 0:  # a row may have seen no key so far
-            base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        alpha = tl.exp2(row_max - base)
+            base = tl.where(new_base == float("-inf"), 0.0, new_base)
+        alpha = tl.exp2(row_base - base)
         shift = (base - LOG2_P_SCALE)[:, None]
         p = tl.exp2(s - shift) if PRESCALE else tl.exp2(s * scale_2d - shift)
         row_sum = row_sum * alpha + tl.sum(p, 1)
-        row_max = new_max
+        row_base = new_base
         if V_BLOCK > 0:  # the sums are kept in units of the scale of the last values
             # (Handed on as it is, a number from the tile before last would end the pipelining.)
             new_v_scale = tl.maximum(next_v_scale, SMALLEST)
@@ -159,7 +162,7 @@ def _attend(
             v1_pointers = v_tile + dims_v1[:, None] * stride_vd + natural[None, :]
             v1 = load_tile(v1_pointers, keys_valid_v, (dims_v1 < DV)[:, None], EDGE, DV0 + DV1 > DV)
             acc1 = _accumulate(acc1, alpha, p8, tl.trans(v1), TWO_LEVEL)
-    return acc0, acc1, row_sum, row_max, v_scale
+    return acc0, acc1, row_sum, row_max, row_base, v_scale
 
 
 @triton.jit
@@ -295,10 +298,11 @@ def attention_forward(
         acc1 = tl.zeros((BLOCK_M, DV1), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_base = row_max
 
     if LOWER or CHUNK:
-        acc0, acc1, row_sum, row_max, v_scale = _attend(
-            acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+        acc0, acc1, row_sum, row_max, row_base, v_scale = _attend(
+            acc0, acc1, row_sum, row_max, row_base, v_scale, q0, q1, qk_scale,
             k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
             stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
             rows, query_len, key_len, lower, upper, chunk, start, tl.minimum(full_start, end),
@@ -306,8 +310,8 @@ def attention_forward(
             MASK, MASK_PER_ROW, Q_PER_ROW, K_BLOCK, V_BLOCK, PRESCALE, TWO_LEVEL, NUM_STAGES,
             INTERPRET,
         )  # fmt: skip
-    acc0, acc1, row_sum, row_max, v_scale = _attend(
-        acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+    acc0, acc1, row_sum, row_max, row_base, v_scale = _attend(
+        acc0, acc1, row_sum, row_max, row_base, v_scale, q0, q1, qk_scale,
         k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
         stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
         rows, query_len, key_len, lower, upper, chunk, full_start, full_end,
@@ -316,8 +320,8 @@ def attention_forward(
         INTERPRET,
     )  # fmt: skip
     if full_end < end:
-        acc0, acc1, row_sum, row_max, v_scale = _attend(
-            acc0, acc1, row_sum, row_max, v_scale, q0, q1, qk_scale,
+        acc0, acc1, row_sum, row_max, row_base, v_scale = _attend(
+            acc0, acc1, row_sum, row_max, row_base, v_scale, q0, q1, qk_scale,
             k_ptr, v_ptr, mask_ptr, k_descale_ptr, v_descale_ptr,
             stride_kn, stride_vd, stride_mm, stride_mn, stride_ksn, stride_vsd,
             rows, query_len, key_len, lower, upper, chunk, full_end, end,
@@ -327,8 +331,8 @@ def attention_forward(
         )  # fmt: skip
 
     if HAS_LSE:
-        lse = (row_max + tl.log2(row_sum) - LOG2_P_SCALE) * LN_2
-        lse = tl.where(row_max == float("-inf"), row_max, lse)
+        lse = (row_base + tl.log2(row_sum) - LOG2_P_SCALE) * LN_2
+        lse = tl.where(row_base == float("-inf"), row_base, lse)
         lse_ptr += batch * stride_lb + head * stride_lh
         tl.store(lse_ptr + rows, lse, mask=rows < query_len)
     out_ptr += batch * stride_ob + head * stride_oh
