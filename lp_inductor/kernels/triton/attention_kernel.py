@@ -34,9 +34,12 @@ from lp_inductor.kernels.triton.attention_tiles import (
 from lp_inductor.kernels.triton.head_tiles import round_to_fp8
 
 #: Probabilities are scaled by 2**8 before they are rounded to FP8, whose smallest normal number is
-#: 2**-6 and whose largest is 448: what is 2**-14 of the row's largest keeps full precision.
+#: 2**-6 and whose largest is 448: what is 2**-14 of the largest in its row of a tile keeps full
+#: precision.
 LOG2_P_SCALE = tl.constexpr(8.0)
-#: How many powers of two below the row's largest probability those of a tile may all be.
+#: A tile whose probabilities are smaller than the row's largest so far is rounded beside its own
+#: largest, down to this many powers of two below that; the sums follow from tile to tile. So a key
+#: that takes nearly all of a row, an attention sink, does not round what follows it away.
 REACH = tl.constexpr(32.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 #: The smallest normal float32.
