@@ -11,6 +11,7 @@ from tests.zoo.outcomes import ZooCase
 #: Ten seconds and more each; the architecture, or the way it masks, is there in another case.
 LONG = {
     "Mochi, padded prompt",
+    "Mochi, padded prompt, lengths traced",
     "UNet2DCondition, padded prompt",
     "HunyuanVideo, padded prompt",
 }
