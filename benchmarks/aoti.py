@@ -65,12 +65,9 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         torch.manual_seed(0)
         module, text = random_llama(options.layers), torch.randint(0, VOCABULARY, (LONGEST,))
     else:
-        from lp_inductor.demo.model import load_language_model
-        from lp_inductor.demo.text import load_text
+        from benchmarks import smollm2
 
-        language = load_language_model(options.gguf)
-        module, text = language.module, language.tokens(load_text())[0]
-        text = text.repeat(-(-LONGEST // text.shape[0]))
+        module, text = smollm2.load(options.gguf)
     return Prefill(module.to(options.device)), text.to(options.device)
 
 
@@ -100,12 +97,14 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
     import torch
 
     import lp_inductor
+    from benchmarks.gpu import sqnr
+    from benchmarks.smollm2 import first_tokens
     from lp_inductor.toolchain import linked_libraries
 
     tokens, device = options.tokens, options.device
     config = {"kernel": options.kernel, "force": True}
     model, text = load_model(options)
-    inputs = [text[:n].unsqueeze(0) for n in tokens]
+    inputs = [first_tokens(text, n) for n in tokens]
     lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=LONGEST)},)
     package = folder / "model.pt2"
     with torch.no_grad():
@@ -134,7 +133,7 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
             seconds = time.perf_counter() - begin
             rows[str(tokens[number])] = {
                 "jit_first_call_s": seconds,
-                "jit_sqnr_db": sqnr(reference, result),
+                "jit_sqnr_db": sqnr(result, reference),
             }
             plain = ids.detach().clone().cpu()
             torch.save({"inputs": [plain], "outputs": [reference.cpu()]}, folder / f"{number}.pt")
@@ -170,13 +169,6 @@ def quiet(folder: Path, together: bool) -> Iterator[None]:
         time.sleep(0.1)
     with FileLock(folder.parent / "measuring.lock"):
         yield
-
-
-def sqnr(reference: Any, result: Any) -> float:
-    """Signal to quantisation noise in dB."""
-    signal = reference.double()
-    noise = (signal - result.double()).norm().item()
-    return math.inf if noise == 0 else 20 * math.log10(signal.norm().item() / noise)
 
 
 def latency_ms(run: Callable[[], Any], device: str, repeat: int) -> float:

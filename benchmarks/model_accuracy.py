@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu, smollm2
 from lp_inductor import Fp8Config, scaled_dot_product_attention_fp8
-from lp_inductor.demo.model import load_language_model
-from lp_inductor.demo.text import load_text
 
 LAST = 64
 #: What is compared, by name.
@@ -59,11 +58,11 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="SmolLM2's model file")
     parser.add_argument("--json", type=Path, help="write the raw numbers here")
     arguments = parser.parse_args()
-    language = load_language_model(arguments.gguf)
-    model, text = language.module.float(), language.tokens(load_text())
+    model, text = smollm2.load(arguments.gguf)
+    model = model.float()
     rows: list[dict[str, Any]] = []
     for tokens in arguments.tokens:
-        ids = text.repeat(1, -(-tokens // text.shape[1]))[:, :tokens]
+        ids = smollm2.first_tokens(text, tokens)
 
         def logits(ids: Tensor = ids) -> Tensor:
             return model(ids, use_cache=False, logits_to_keep=LAST).logits.double()
@@ -72,11 +71,10 @@ def main() -> None:
         for name, options in CONFIGS.items():
             with fp8_attention(Fp8Config(**options)):
                 found = logits()
-            noise = (exact - found).norm()
             same = (exact.argmax(-1) == found.argmax(-1)).double().mean()
             rows.append({
                 "tokens": tokens, "config": name,
-                "sqnr_db": round(20 * torch.log10(exact.norm() / noise).item(), 2),
+                "sqnr_db": round(gpu.sqnr(found, exact), 2),
                 "same_next_token": round(same.item(), 3),
             })  # fmt: skip
             print(*(f"{k} {v}" for k, v in rows[-1].items()), sep=" | ", flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu
+from benchmarks import gpu, smollm2
 from lp_inductor import Fp8Config, compile_with_fp8_fusion, explain
 
 KEEP = 64
@@ -41,22 +41,13 @@ def llama3_8b(layers: int) -> nn.Module:
     return model.eval()
 
 
-def smollm2(file: Path | None) -> tuple[nn.Module, Tensor]:
-    """The real model of 135M parameters, and a text for it."""
-    from lp_inductor.demo.model import load_language_model
-    from lp_inductor.demo.text import load_text
-
-    language = load_language_model(file)
-    return language.module.cuda(), language.tokens(load_text())[0].cuda()
-
-
 def measure(model: nn.Module, text: Tensor, length: int) -> dict[str, Any]:
     """One length: tokens per second of stock, default and force, and how far logits are apart."""
 
     def logits(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False, logits_to_keep=KEEP).logits
 
-    ids = text.repeat(-(-length // text.shape[0]))[:length].unsqueeze(0)
+    ids = smollm2.first_tokens(text, length)
     row: dict[str, Any] = {"tokens": length}
     results = {}
     compiled = {
@@ -97,7 +88,8 @@ def main() -> None:
         model = llama3_8b(arguments.layers)
         text = torch.randint(0, 128256, (32768,), device="cuda")
     else:
-        model, text = smollm2(arguments.gguf)
+        model, text = smollm2.load(arguments.gguf)
+        model, text = model.cuda(), text.cuda()
     rows = []
     with torch.no_grad():
         for length in arguments.lengths:

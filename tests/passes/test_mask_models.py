@@ -347,7 +347,7 @@ DYNAMIC = (
 )
 
 
-#: Of those, what each run of the tests traces: test_speed's, which are traced anyway.
+#: Of those, what each run of the tests traces, test_speed with them.
 SHORT = ("llama, position ids", "llama4", "mistral, padded")
 
 
@@ -375,7 +375,7 @@ def test_model(name: str, dynamic: bool) -> None:
     assert found == MODELS[name][1]
 
 
-@pytest.mark.parametrize("name", ["mistral, padded", "llama4", "llama, position ids"])
+@pytest.mark.parametrize("name", SHORT)
 def test_speed(name: str) -> None:
     """A mask is proved in some ten milliseconds, and once however many layers share it."""
     traced = masks_of(name, True).traced[0]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.helpers import canonical
 from tests.zoo.measure import Measurement, measure, stock_graphs
@@ -19,6 +22,14 @@ SITE_FLOOR = 22.0
 CAPTURE_FLOOR = 35.0
 #: Set to a folder, in which every case then leaves its measurement.
 DATA_VARIABLE = "LP_INDUCTOR_ZOO_DATA"
+
+
+def as_parameters(cases: Iterable[ZooCase], long: Collection[str]) -> list[Any]:
+    """The cases for ``parametrize``; those named in ``long`` are left to ``make test-long``."""
+    return [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in long else [])
+        for case in cases
+    ]
 
 
 def check(case: ZooCase) -> Measurement:

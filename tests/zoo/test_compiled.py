@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import compile_fp8, compile_stock
 from tests.zoo.cases_text import CASES
+from tests.zoo.checks import as_parameters
 from tests.zoo.measure import primary
 from tests.zoo.outcomes import ZooCase
 
@@ -14,14 +15,7 @@ NAMES = ("Llama, DynamicCache, decode", "Gemma2, no cache")
 LONG = NAMES[1:]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else [])
-        for case in CASES
-        if case.name in NAMES
-    ],
-)
+@pytest.mark.parametrize("case", as_parameters((c for c in CASES if c.name in NAMES), LONG))
 def test_same_bits_as_stock(case: ZooCase) -> None:
     results = []
     for compiled in (compile_stock, compile_fp8):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.zoo.cases_diffusion import CASES
-from tests.zoo.checks import check
+from tests.zoo.checks import as_parameters, check
 from tests.zoo.outcomes import ZooCase
 
 #: Ten seconds and more each; the architecture, or the way it masks, is there in another case.
@@ -17,13 +17,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else [])
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", as_parameters(CASES, LONG))
 def test_diffusion_model(case: ZooCase) -> None:
     check(case)
 
