@@ -5,7 +5,9 @@ stays open, packages it with AOTInductor, stock and in FP8, and compiles it with
 stock and with "lp_fp8". Each of the two runs in a process and with a cache of its own;
 ``--together`` compiles both at once, where there are cores enough. Packages are run by the C++
 program of ``examples/aoti_cpp``, the compiled models in Python, both timed one run after another,
-each waited for, with nothing else at work. On a GPU Python's launches may take longer than what
+each waited for, with nothing else of ours at work. What a host has to do besides changes from
+minute to minute, so stock and FP8 take turns, several rounds, and the median of these counts. On a
+GPU Python's launches may take longer than what
 they launch, so that there the compiled models are also timed as CUDA graphs (``jit_graph``): a
 package should take no longer than that work of the GPU. Both use one FP8 kernel; ``auto`` might
 choose one for them that no package may hold.
@@ -21,7 +23,6 @@ novel. Needs what the demo needs (the ``demo`` extra), g++, and no CUDA toolkit.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -31,12 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("stock", "fp8")
@@ -45,6 +44,9 @@ DEFAULT_KERNEL = {"cpu": "auto", "cuda": "triton"}
 LAST = 64  # tokens whose logits are returned: those of all would be most of the work
 VOCABULARY = 49152
 LONGEST = 8192  # tokens: what SmolLM2 was made for
+ROUNDS = 7
+
+Call = Callable[[], Any]
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -146,9 +148,10 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
                 "jit_kernels": sorted({site.kernel or "stock" for site in sites}),
                 "package_kernels": list(info.kernels),
             }
-        with quiet(folder, options.together):
-            for row, ids in zip(rows.values(), inputs, strict=True):
-                row |= time_compiled(lambda ids=ids: compiled(ids), device, options.repeat)
+        calls = [ways_to_call(lambda ids=ids: compiled(ids), device) for ids in inputs]
+        times = rounds(folder, options.together, calls, device, options.repeat)
+        for row, found in zip(rows.values(), times, strict=True):
+            row |= found
     return {
         "package_s": package_seconds,
         "package_bytes": package.stat().st_size,
@@ -158,20 +161,38 @@ def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str
     }
 
 
-@contextlib.contextmanager
-def quiet(folder: Path, together: bool) -> Iterator[None]:
-    """A time in which no other variant compiles or is measured."""
-    if not together:
-        yield
-        return
+def rounds(
+    folder: Path, together: bool, calls: Sequence[dict[str, Call]], device: str, repeat: int
+) -> list[dict[str, float]]:
+    """Times in milliseconds of each way, medians of all rounds.
+
+    Args:
+        folder: of this variant; what it has done is told to the other by files in it.
+        together: take turns with the other variant: nobody compiles or is measured meanwhile.
+        calls: for each length what to time, by name.
+        device: "cpu" or "cuda".
+        repeat: runs a round.
+    """
+    found: list[dict[str, list[float]]] = [{way: [] for way in ways} for ways in calls]
     (folder / "compiled").touch()
-    while not all((folder.parent / variant / "compiled").exists() for variant in VARIANTS):
-        time.sleep(0.1)
-    with FileLock(folder.parent / "measuring.lock"):
-        yield
+    mine = VARIANTS.index(folder.name)
+    for number in range(ROUNDS):
+        if together:
+            before = number if mine else number - 1
+            names = ["compiled", *([f"round {before}"] if before >= 0 else [])]
+            others = [
+                folder.parent / v / name for v in VARIANTS for name in names if v != folder.name
+            ]
+            while not all(path.exists() for path in others):
+                time.sleep(0.1)
+        for times, ways in zip(found, calls, strict=True):
+            for way, call in ways.items():
+                times[way].append(latency_ms(call, device, repeat))
+        (folder / f"round {number}").touch()
+    return [{way: statistics.median(t) for way, t in times.items()} for times in found]
 
 
-def latency_ms(run: Callable[[], Any], device: str, repeat: int) -> float:
+def latency_ms(run: Call, device: str, repeat: int) -> float:
     """The median time of a run in milliseconds, measured as the C++ program does."""
     import torch
 
@@ -186,18 +207,18 @@ def latency_ms(run: Callable[[], Any], device: str, repeat: int) -> float:
     return statistics.median(times)
 
 
-def time_compiled(run: Callable[[], Any], device: str, repeat: int) -> dict[str, float]:
+def ways_to_call(run: Call, device: str) -> dict[str, Call]:
     """What torch.compile made, called from Python, and on a GPU as a CUDA graph."""
-    times = {"jit_ms": latency_ms(run, device, repeat)}
+    ways = {"jit_ms": run}
     if device == "cuda":
         try:
-            times["jit_graph_ms"] = latency_ms(capture(run).replay, device, repeat)
+            ways["jit_graph_ms"] = capture(run).replay
         except RuntimeError as error:
             print(f"cannot be captured in a CUDA graph: {error}", file=sys.stderr)
-    return times
+    return ways
 
 
-def capture(run: Callable[[], Any]) -> Any:
+def capture(run: Call) -> Any:
     """A CUDA graph of a run that has been warmed up."""
     import torch
 
@@ -251,6 +272,11 @@ def run_variants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             started = {v: start_variant(v, folder / v, arguments) for v in VARIANTS}
         for variant in VARIANTS:
             process = started.get(variant) or start_variant(variant, folder / variant, arguments)
+            while process.poll() is None:  # one that has failed leaves the other waiting for it
+                failed = [v for v, p in started.items() if p.poll()]
+                if failed:
+                    raise SystemExit(f"{failed[0]}: failed with status {started[failed[0]].poll()}")
+                time.sleep(0.2)
             printed, _ = process.communicate()
             if process.returncode != 0:
                 raise SystemExit(f"{variant}: failed with status {process.returncode}")
@@ -261,18 +287,27 @@ def run_variants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def run_packages(program: Path, folder: Path, rows: dict[str, Any], repeat: int) -> None:
-    """Add what the C++ program says about each length."""
-    for number, row in enumerate(rows.values()):
-        done = subprocess.run(
-            [program, folder / "model.pt2", folder / f"{number}.pt", "--repeat", str(repeat)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-        row["package_ms"] = float(printed["latency"].removesuffix(" ms"))
-        row["package_sqnr_db"] = float(printed["sqnr"].removesuffix(" dB"))
+def run_packages(program: Path, folder: Path, results: dict[str, Any], repeat: int) -> None:
+    """Add what the C++ program says about each variant and length; they take turns."""
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for _ in range(ROUNDS):
+        for variant in VARIANTS:
+            for number, tokens in enumerate(results[variant]["rows"]):
+                place = folder / variant
+                command = [program, place / "model.pt2", place / f"{number}.pt"]
+                done = subprocess.run(
+                    [*command, "--repeat", str(repeat)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+                found.setdefault((variant, tokens), []).append(printed)
+    for (variant, tokens), lines in found.items():
+        row = results[variant]["rows"][tokens]
+        times = [float(printed["latency"].removesuffix(" ms")) for printed in lines]
+        row["package_ms"] = statistics.median(times)
+        row["package_sqnr_db"] = float(lines[-1]["sqnr"].removesuffix(" dB"))
 
 
 def parse() -> argparse.Namespace:
@@ -365,8 +400,7 @@ def main() -> None:
             subprocess.run(build, check=True)
         results = run_variants(folder, options)
         save(results, options)
-        for variant, found in results.items():
-            run_packages(program, folder / variant, found["rows"], options.repeat)
+        run_packages(program, folder, results, options.repeat)
     print(table(results))
     save(results, options)
 

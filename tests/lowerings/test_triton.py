@@ -154,6 +154,21 @@ def test_nothing_is_copied_for_what_kernels_write_to(hopper: None, way: str) -> 
 
 
 @compiled
+@pytest.mark.parametrize("kernel", ["triton", "fa3"])
+def test_operands_are_computed_once(hopper: None, kernel: str) -> None:
+    """What the graph computes is to be stored, not computed for each launch that reads it."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        tensors = (q, k * 3, v, cos.cos(), sin)
+        one = attend(*quantised(*tensors, granularity="per_head"), kernel=kernel)
+        return attend(*quantised(*(t + 1 for t in tensors)), kernel=kernel) + one + 1
+
+    stored = [n for n in lowered(model).nodes if n.meta.get("inductor_realize_to_strides")]
+    names = ["mul", "cos", *(f"add{i}" for i in ("", "_1", "_2", "_3", "_4"))]
+    assert [node.name.replace("_tensor", "") for node in stored] == names
+
+
+@compiled
 def test_shared_keys_and_values_are_quantised_once(hopper: None) -> None:
     """Two attention calls over one key: each is lowered alone, behind one quantisation."""
 
