@@ -77,9 +77,9 @@ def _lower(graph: Graph, package: bool) -> None:
     inliner = Inliner()
     place = {node: number for number, node in enumerate(graph.nodes)}
     calls = [node for node in place if node.target in (_OWN_ATTENTION, _ATEN_ATTENTION)]
-    whole = {node: triton.match_whole_site(node) for node in calls if node.target is _OWN_ATTENTION}
+    whole = {n for n in calls if n.target is _OWN_ATTENTION and triton.is_whole_site(n)}
     for node in calls:
-        lower_attention(node, whole.get(node), place, inliner, package)
+        lower_attention(node, node in whole, place, inliner, package)
     # What is left are quantise operators that no Triton kernel has taken over.
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _DECOMPOSITIONS:
@@ -91,7 +91,7 @@ def _lower(graph: Graph, package: bool) -> None:
 
 def lower_attention(
     node: Node,
-    site: triton.SiteCalls | None,
+    whole: bool,
     place: Mapping[Node, int],
     inliner: Inliner,
     package: bool,
@@ -100,7 +100,7 @@ def lower_attention(
 
     Args:
         node: the call.
-        site: the quantise calls that serve it alone.
+        whole: it is lowered with its quantisation: see :func:`triton.is_whole_site`.
         place: of every node in the graph before anything was lowered.
         inliner: of the graph.
         package: the graph becomes a package.
@@ -118,7 +118,7 @@ def lower_attention(
         _inline(call, reference.sdpa_quantized, call.args[:-1], inliner)
     elif kernel == "triton":
         if compiles:
-            _replace_outputs(call, triton.lower_triton_site(call, site, inliner))
+            _replace_outputs(call, triton.lower_triton_site(call, whole, inliner))
     elif any(_embedded(k, package) for k in registered_kernels() if k.name == kernel):
         _inline(call, run_kernel, call.args, inliner)
 

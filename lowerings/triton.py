@@ -148,23 +148,23 @@ def can_compile(device: torch.device) -> bool:
     return not interpreted()
 
 
-def match_whole_site(attention: Node) -> SiteCalls | None:
-    """The quantise calls of an attention call that serve it alone; None where others share them.
+def is_whole_site(attention: Node) -> bool:
+    """Whether the quantise calls of an attention call serve it alone, so that all are one site.
 
     To be asked before anything of the graph is lowered.
     """
     site = SiteCalls.of(attention)
     if site is None or site.granularity is None:
-        return None
-    return site if _is_exclusive(site, attention, attention.args[6]) else None
+        return False
+    return _is_exclusive(site, attention, attention.args[6])
 
 
-def lower_triton_site(node: Node, site: SiteCalls | None, inliner: Inliner) -> list[Node | None]:
+def lower_triton_site(node: Node, whole: bool, inliner: Inliner) -> list[Node | None]:
     """What an attention call of the Triton kernel becomes; the node itself stays for the caller.
 
-    With ``site`` (see :func:`match_whole_site`) it is lowered with its quantisation, without it
-    apart.
+    ``whole`` (see :func:`is_whole_site`): with its quantisation, otherwise apart.
     """
+    site = SiteCalls.of(node) if whole else None
     query, key, value, *descales = node.args[:6]
     mean, mask, lower, upper, chunk, scale, out_dtype = node.args[6:13]
     emitter = Emitter(node.graph, node)

@@ -106,12 +106,12 @@ def attention_triton(
         default if bound is None else bound
         for bound, default in ((visible.lower, 0), (visible.upper, 0), (visible.chunk, 1))
     )
+    optional = (lse, mask, q_descale, k_descale, v_descale, v_mean)
     from lp_inductor.kernels.triton import launch
 
     launch.attention_forward(
         (cdiv(query_len, blocks.queries) * heads * batch,),
-        query, key, value_t, storage, _or(lse, key), _or(mask, key),
-        _or(q_descale, key), _or(k_descale, key), _or(v_descale, key), _or(v_mean, key),
+        query, key, value_t, storage, *(value_t if t is None else t for t in optional),
         *query.stride()[:3], *key.stride()[:3], *value_t.stride()[:3],
         query_len * heads * dim_v, dim_v, heads * dim_v,
         *((heads * query_len, query_len) if lse is not None else (0, 0)), *mask_strides,
@@ -137,11 +137,6 @@ def attention_triton(
 
 #: Keys that share a scale, by the number of dimensions of their scales; 0: all.
 _BLOCK_OF_RANK = {0: 0, 2: 0, 3: TOKEN_BLOCK, 4: 1}
-
-
-def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """A pointer that is never read stands in for what is not there."""
-    return placeholder if tensor is None else tensor
 
 
 def _rank(descale: Tensor | None) -> int:

@@ -222,8 +222,11 @@ def _launch(
             programs += t.shape[1] * splits
         elif mode != ABSENT:
             programs += cdiv(t.shape[2], tile) * (t.shape[1] // together)
-    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
-    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
+    means = (m for m in (samples.k_mean, samples.v_mean) if m is not None)
+    spare = next(means, operands.spare)
+    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query, spare)
+    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key, spare)
+    read = (operands.query, operands.key, operands.value)
     pointers = (
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
         out.q_descale, out.k_descale, out.v_descale, *samples.seen, *samples.guesses,
@@ -234,7 +237,8 @@ def _launch(
 
     launch.quantize_operands(
         (programs, x.shape[0]),
-        query, key, value, *q_tables, *k_tables, *(x if t is None else t for t in pointers),
+        *(spare if t is None else t for t in read),
+        *q_tables, *k_tables, *(spare if t is None else t for t in pointers),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         *(1.0 / descale for descale in given),

@@ -46,11 +46,14 @@ class Rope:
 
 
 def rope_arguments(
-    rope: Rope | None, x: Tensor
+    rope: Rope | None, x: Tensor, spare: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...], dict[str, Any]]:
-    """Tables, their strides, and the constants of a kernel that rotates ``x``."""
+    """Tables, their strides, and the constants of a kernel that rotates ``x``.
+
+    Without a rotation ``spare`` stands in for the tables.
+    """
     if rope is None:
-        return (x, x), (0,) * 8, {"ROPE": 0, "START": 0, "WIDTH": 2, "TABLE": 2}
+        return (spare, spare), (0,) * 8, {"ROPE": 0, "START": 0, "WIDTH": 2, "TABLE": 2}
     constants = {
         "ROPE": rope.lanes(x.shape[-1]),
         "START": rope.start, "WIDTH": rope.width, "TABLE": rope.cos.shape[-1],

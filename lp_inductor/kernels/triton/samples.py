@@ -85,15 +85,18 @@ def sample(
         ),
     )
     written = (found.k_mean, found.v_mean, *found.guesses, *found.seen)
-    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
-    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
+    spare = operands.spare
+    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query, spare)
+    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key, spare)
+    read = zip((query, key, value), (has_q, has_k, has_v), strict=True)
     from lp_inductor.kernels.triton import launch
 
     programs = query.shape[1] * has_q
     programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _V_LANES) * has_v
     launch.sample_operands(
         (programs, x.shape[0]),
-        query, key, value, *q_tables, *k_tables, *(x if t is None else t for t in written),
+        *(t if there else spare for t, there in read),
+        *q_tables, *k_tables, *(spare if t is None else t for t in written),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,

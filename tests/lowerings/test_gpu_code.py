@@ -1,0 +1,140 @@
+"""What Inductor writes around the Triton kernels: its own code for a GPU that need not be there.
+
+Read, not run: which buffers there are, what is launched and with which arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from lp_inductor.lowerings.attention import lower_graph
+from tests.lowerings.test_triton import attend, compiled, hopper, quantised
+
+__all__ = ["hopper"]
+
+Model = Callable[..., Tensor]
+
+H200 = SimpleNamespace(
+    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32,
+    total_memory=140 * 2**30, regs_per_multiprocessor=65536, max_threads_per_block=1024,
+    max_threads_per_multi_processor=2048, L2_cache_size=50 * 2**20,
+    shared_memory_per_block=48 * 2**10, shared_memory_per_block_optin=227 * 2**10,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def inductor_sees_a_gpu(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inductor asks for the properties of the GPU while it plans its kernels."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from torch._dynamo.device_interface import CudaInterface
+    from torch.utils._triton import has_triton
+
+    def properties(device: Any = None) -> Any:
+        return H200
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(CudaInterface, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(CudaInterface, "get_device_properties", staticmethod(properties))
+    monkeypatch.setattr(CudaInterface.Worker, "get_device_properties", staticmethod(properties))
+    has_triton.cache_clear()
+    yield
+    has_triton.cache_clear()
+
+
+def inductor_code(model: Model, make_operands: Callable[[], list[Tensor]]) -> str:
+    """The Python that Inductor writes for ``model``, whose operators of ours are lowered.
+
+    No buffer is used twice, so that each that is needed can be counted.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor import config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        operands = make_operands()
+        trace = make_fx(dispatch_functionalize(model), decomposition_table=select_decomp_table())
+        graph = trace(*operands)
+    lower_graph(graph.graph)
+    graph.recompile()
+    with V.set_fake_mode(mode), config.patch(allow_buffer_reuse=False):
+        post_grad_passes(graph, True)
+        lowering = GraphLowering(
+            graph, example_inputs=operands, shape_env=mode.shape_env, is_inference=True
+        )
+        with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+            lowering.run(*operands)
+            return str(lowering.codegen()[0].value)
+
+
+def operands() -> list[Tensor]:
+    """Query of 4 heads, two keys and values of 2, cosines and sines."""
+    q, *others = (
+        torch.empty(1, 200, heads, 32, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for heads in (4, 2, 2, 2, 2)
+    )
+    return [q, *others, *(torch.empty(1, 1, 200, 8, device="cuda") for _ in range(2))]
+
+
+def two_sites(q: Tensor, k: Tensor, k2: Tensor, v: Tensor, v2: Tensor, *tables: Tensor) -> Tensor:
+    """Two layers with the same rotation, the second's query being the first's result."""
+    first = attend(*quantised(q, k, v, *tables))
+    return attend(*quantised(first, k2, v2, *tables))
+
+
+def launches(code: str) -> list[tuple[str, str]]:
+    """Name and arguments of every kernel that is started."""
+    return re.findall(r"^\s+(\w+?)(?:_\d+)?\.run\((.*)\)$", code, re.MULTILINE)
+
+
+def buffers(code: str) -> int:
+    """How many tensors are allocated."""
+    return len(re.findall(r"= empty_strided_cuda\(", code))
+
+
+@compiled
+def test_operands_are_stored_once() -> None:
+    """What the graph computes is not computed again for each of a site's launches, or each site."""
+
+    def computed(*tensors: Tensor) -> Tensor:
+        return two_sites(*(t * 3 for t in tensors))
+
+    given, found = (inductor_code(model, operands) for model in (two_sites, computed))
+    assert buffers(found) == buffers(given) + 7
+
+
+@compiled
+def test_nothing_but_our_kernels_runs() -> None:
+    """Four launches a site, and no copy between them."""
+    names = [name for name, _ in launches(inductor_code(two_sites, operands))]
+    assert names == 2 * ["sample_operands", *["quantize_operands"] * 2, "attention_forward"]
+
+
+@compiled
+def test_pointers_that_are_not_used_are_no_views() -> None:
+    """A view is made for each launch and argument: what a kernel reads is worth it, and no more."""
+    found = launches(inductor_code(two_sites, operands))
+    views = [(name, arguments.count("reinterpret_tensor(")) for name, arguments in found]
+    # The second site's query is the first one's result, which only the rounding reads.
+    quantisation = ("quantize_operands", "quantize_operands")
+    assert views == [
+        ("sample_operands", 0), *((name, 0) for name in quantisation), ("attention_forward", 2),
+        ("sample_operands", 0), *zip(quantisation, (1, 0), strict=True), ("attention_forward", 2),
+    ]  # fmt: skip
