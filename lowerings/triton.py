@@ -9,11 +9,10 @@ Before (what the passes wrote for one site)::
 
 After::
 
-    means, guesses = triton_kernel_wrapper_functional(sample_operands, k, v, cos, sin)
-    query, key     = triton_kernel_wrapper_functional(quantize_operands, q, k, cos, sin, ...)
-    value          = triton_kernel_wrapper_functional(quantize_operands, v, ...)
-    scales, ...    = triton_kernel_wrapper_functional(quantize_operands, k, v, guesses, ...)
-    out            = triton_kernel_wrapper_functional(attention_forward, query, key, value, ...)
+    means, guesses    = triton_kernel_wrapper_functional(sample_operands, k, v, cos, sin)
+    query, key, value = triton_kernel_wrapper_functional(quantize_operands, q, k, v, cos, sin, ...)
+    scales, ...       = triton_kernel_wrapper_functional(quantize_operands, k, v, guesses, ...)
+    out               = triton_kernel_wrapper_functional(attention_forward, query, key, value, ...)
 
 How many launches a site takes is :mod:`lp_inductor.kernels.triton.layer`'s affair. Inductor
 compiles the kernels with the rest of the graph: no Python runs between them, and AOTInductor

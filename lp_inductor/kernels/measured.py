@@ -3,6 +3,7 @@
 From layer_speed_h100_torch2.11.json.
 From layer_speed_h200_torch2.11_1.json.
 From layer_speed_h200_torch2.11_2.json.
+From layer_speed_h200_torch2.11_3.json.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ SPEEDUPS: dict[tuple[tuple[int, int], int, bool, bool], dict[str, dict[int, floa
             2048: 0.959,
             4096: 1.128,
             8192: 1.194,
-            16384: 1.242,
+            16384: 1.281,
             32768: 1.373,
             65536: 1.385,
             131072: 1.354,
@@ -182,7 +183,7 @@ SPEEDUPS: dict[tuple[tuple[int, int], int, bool, bool], dict[str, dict[int, floa
             512: 0.652,
             1024: 0.857,
             2048: 0.957,
-            4096: 1.042,
+            4096: 1.049,
             8192: 1.047,
             16384: 1.093,
             32768: 1.182,
@@ -195,7 +196,7 @@ SPEEDUPS: dict[tuple[tuple[int, int], int, bool, bool], dict[str, dict[int, floa
             1024: 0.811,
             2048: 0.876,
             4096: 0.967,
-            8192: 1.065,
+            8192: 1.033,
             16384: 1.037,
             32768: 1.017,
             65536: 1.033,
@@ -209,8 +210,8 @@ SPEEDUPS: dict[tuple[tuple[int, int], int, bool, bool], dict[str, dict[int, floa
             1024: 0.816,
             2048: 1.015,
             4096: 1.212,
-            8192: 1.306,
-            16384: 1.301,
+            8192: 1.307,
+            16384: 1.317,
             32768: 1.372,
             65536: 1.378,
             131072: 1.345,
@@ -232,9 +233,9 @@ SPEEDUPS: dict[tuple[tuple[int, int], int, bool, bool], dict[str, dict[int, floa
             512: 0.812,
             1024: 0.884,
             2048: 0.944,
-            4096: 1.015,
-            8192: 1.056,
-            16384: 1.039,
+            4096: 0.985,
+            8192: 1.041,
+            16384: 1.018,
             32768: 1.026,
             65536: 1.027,
             131072: 1.03,
