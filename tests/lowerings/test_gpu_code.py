@@ -5,6 +5,7 @@ Read, not run: which buffers there are, what is launched and with which argument
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -99,6 +100,12 @@ def two_sites(q: Tensor, k: Tensor, k2: Tensor, v: Tensor, v2: Tensor, *tables: 
     return attend(*quantised(first, k2, v2, *tables))
 
 
+@functools.cache
+def code_of_two_sites() -> str:
+    """Written once for all tests."""
+    return inductor_code(two_sites, operands)
+
+
 def launches(code: str) -> list[tuple[str, str]]:
     """Name and arguments of every kernel that is started."""
     return re.findall(r"^\s+(\w+?)(?:_\d+)?\.run\((.*)\)$", code, re.MULTILINE)
@@ -116,21 +123,21 @@ def test_operands_are_stored_once() -> None:
     def computed(*tensors: Tensor) -> Tensor:
         return two_sites(*(t * 3 for t in tensors))
 
-    given, found = (inductor_code(model, operands) for model in (two_sites, computed))
-    assert buffers(found) == buffers(given) + 7
+    found = inductor_code(computed, operands)
+    assert buffers(found) == buffers(code_of_two_sites()) + 7
 
 
 @compiled
 def test_nothing_but_our_kernels_runs() -> None:
     """Four launches a site, and no copy between them."""
-    names = [name for name, _ in launches(inductor_code(two_sites, operands))]
+    names = [name for name, _ in launches(code_of_two_sites())]
     assert names == 2 * ["sample_operands", *["quantize_operands"] * 2, "attention_forward"]
 
 
 @compiled
 def test_pointers_that_are_not_used_are_no_views() -> None:
     """A view is made for each launch and argument: what a kernel reads is worth it, and no more."""
-    found = launches(inductor_code(two_sites, operands))
+    found = launches(code_of_two_sites())
     views = [(name, arguments.count("reinterpret_tensor(")) for name, arguments in found]
     # The second site's query is the first one's result, which only the rounding reads.
     quantisation = ("quantize_operands", "quantize_operands")
