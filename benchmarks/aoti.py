@@ -7,10 +7,9 @@ stock and with "lp_fp8". Each of the two runs in a process and with a cache of i
 program of ``examples/aoti_cpp``, the compiled models in Python, both timed one run after another,
 each waited for, with nothing else of ours at work. What a host has to do besides changes from
 minute to minute, so stock and FP8 take turns, several rounds, and the median of these counts. On a
-GPU Python's launches may take longer than what
-they launch, so that there the compiled models are also timed as CUDA graphs (``jit_graph``): a
-package should take no longer than that work of the GPU. Both use one FP8 kernel; ``auto`` might
-choose one for them that no package may hold.
+GPU Python's launches may take longer than what they launch, so that there the compiled models are
+also timed as CUDA graphs (``jit_graph``): a package should take no longer than that work of the
+GPU. Both use one FP8 kernel; ``auto`` might choose one for them that no package may hold.
 
     python -m benchmarks.aoti --device cuda --tokens 1024 8192 --json benchmarks/results/aoti.json
 
@@ -45,6 +44,7 @@ LAST = 64  # tokens whose logits are returned: those of all would be most of the
 VOCABULARY = 49152
 LONGEST = 8192  # tokens: what SmolLM2 was made for
 ROUNDS = 7
+RESULT = "result.json"
 
 Call = Callable[[], Any]
 
@@ -174,17 +174,13 @@ def rounds(
         repeat: runs a round.
     """
     found: list[dict[str, list[float]]] = [{way: [] for way in ways} for ways in calls]
-    (folder / "compiled").touch()
     mine = VARIANTS.index(folder.name)
+    other = folder.parent / VARIANTS[1 - mine]
+    (folder / "round -1").touch()  # compiled
     for number in range(ROUNDS):
-        if together:
-            before = number if mine else number - 1
-            names = ["compiled", *([f"round {before}"] if before >= 0 else [])]
-            others = [
-                folder.parent / v / name for v in VARIANTS for name in names if v != folder.name
-            ]
-            while not all(path.exists() for path in others):
-                time.sleep(0.1)
+        turn = other / f"round {number - 1 + mine}"
+        while together and not turn.exists():
+            time.sleep(0.1)
         for times, ways in zip(found, calls, strict=True):
             for way, call in ways.items():
                 times[way].append(latency_ms(call, device, repeat))
@@ -249,42 +245,38 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def start_variant(variant: str, folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def start_variant(variant: str, folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
     """Start to measure one variant in a fresh process with an empty cache."""
     folder.mkdir()
     command = [sys.executable, "-m", "benchmarks.aoti", *arguments]
     return subprocess.Popen(
         [*command, "--child", variant, "--folder", str(folder)],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")},
-        stdout=subprocess.PIPE,
-        text=True,
         cwd=ROOT,
     )
 
 
 def run_variants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all variants, one after another or together."""
-    arguments = sys.argv[1:]
-    started: dict[str, subprocess.Popen[str]] = {}
-    results = {}
+    for group in [VARIANTS] if options.together else [(variant,) for variant in VARIANTS]:
+        wait_for({v: start_variant(v, folder / v, sys.argv[1:]) for v in group})
+    return {v: json.loads((folder / v / RESULT).read_text()) for v in VARIANTS}
+
+
+def wait_for(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Until all have ended. One that fails ends the others, which wait for their turns."""
     try:
-        if options.together:
-            started = {v: start_variant(v, folder / v, arguments) for v in VARIANTS}
-        for variant in VARIANTS:
-            process = started.get(variant) or start_variant(variant, folder / variant, arguments)
-            while process.poll() is None:  # one that has failed leaves the other waiting for it
-                failed = [v for v, p in started.items() if p.poll()]
-                if failed:
-                    raise SystemExit(f"{failed[0]}: failed with status {started[failed[0]].poll()}")
-                time.sleep(0.2)
-            printed, _ = process.communicate()
-            if process.returncode != 0:
-                raise SystemExit(f"{variant}: failed with status {process.returncode}")
-            results[variant] = json.loads(printed.splitlines()[-1])
+        while True:
+            statuses = {variant: process.poll() for variant, process in processes.items()}
+            for variant, status in statuses.items():
+                if status:
+                    raise SystemExit(f"{variant}: failed with status {status}")
+            if None not in statuses.values():
+                return
+            time.sleep(0.2)
     finally:
-        for process in started.values():
+        for process in processes.values():
             process.kill()
-    return results
 
 
 def run_packages(program: Path, folder: Path, results: dict[str, Any], repeat: int) -> None:
@@ -390,7 +382,8 @@ def main() -> None:
     """Measure both variants and print."""
     options = parse()
     if options.child is not None:
-        print(json.dumps(measure(options.child, options.folder, options)))
+        result = measure(options.child, options.folder, options)
+        (options.folder / RESULT).write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

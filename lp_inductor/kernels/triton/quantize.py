@@ -222,23 +222,21 @@ def _launch(
             programs += t.shape[1] * splits
         elif mode != ABSENT:
             programs += cdiv(t.shape[2], tile) * (t.shape[1] // together)
-    means = (m for m in (samples.k_mean, samples.v_mean) if m is not None)
-    spare = next(means, operands.spare)
-    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query, spare)
-    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key, spare)
-    read = (operands.query, operands.key, operands.value)
+    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
+    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
     pointers = (
+        operands.query, operands.key, operands.value, *q_tables, *k_tables,
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
         out.q_descale, out.k_descale, out.v_descale, *samples.seen, *samples.guesses,
     )  # fmt: skip
+    spare = next((m for m in (samples.k_mean, samples.v_mean) if m is not None), operands.spare)
     v_guess = samples.guesses[2]
     v_guesses = 1 if v_guess is None else int(v_guess.shape[2])
     from lp_inductor.kernels.triton import launch
 
     launch.quantize_operands(
         (programs, x.shape[0]),
-        *(spare if t is None else t for t in read),
-        *q_tables, *k_tables, *(spare if t is None else t for t in pointers),
+        *(spare if t is None else t for t in pointers),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         *(1.0 / descale for descale in given),

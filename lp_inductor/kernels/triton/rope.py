@@ -46,14 +46,11 @@ class Rope:
 
 
 def rope_arguments(
-    rope: Rope | None, x: Tensor, spare: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...], dict[str, Any]]:
-    """Tables, their strides, and the constants of a kernel that rotates ``x``.
-
-    Without a rotation ``spare`` stands in for the tables.
-    """
+    rope: Rope | None, x: Tensor
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Any, ...], dict[str, Any]]:
+    """Tables, their strides, and the constants of a kernel that rotates ``x``."""
     if rope is None:
-        return (spare, spare), (0,) * 8, {"ROPE": 0, "START": 0, "WIDTH": 2, "TABLE": 2}
+        return (None, None), (0,) * 8, {"ROPE": 0, "START": 0, "WIDTH": 2, "TABLE": 2}
     constants = {
         "ROPE": rope.lanes(x.shape[-1]),
         "START": rope.start, "WIDTH": rope.width, "TABLE": rope.cos.shape[-1],

@@ -84,19 +84,19 @@ def sample(
             _new_seen(value) if guess[2] else None,
         ),
     )
-    written = (found.k_mean, found.v_mean, *found.guesses, *found.seen)
-    spare = operands.spare
-    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query, spare)
-    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key, spare)
-    read = zip((query, key, value), (has_q, has_k, has_v), strict=True)
+    q_tables, q_strides, q_rope = rope_arguments(operands.q_rope, query)
+    k_tables, k_strides, k_rope = rope_arguments(operands.k_rope, key)
+    pointers = (
+        query if has_q else None, key if has_k else None, value if has_v else None,
+        *q_tables, *k_tables, found.k_mean, found.v_mean, *found.guesses, *found.seen,
+    )  # fmt: skip
     from lp_inductor.kernels.triton import launch
 
     programs = query.shape[1] * has_q
     programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _V_LANES) * has_v
     launch.sample_operands(
         (programs, x.shape[0]),
-        *(t if there else spare for t, there in read),
-        *q_tables, *k_tables, *(spare if t is None else t for t in written),
+        *(operands.spare if t is None else t for t in pointers),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,
