@@ -2,8 +2,8 @@
 
 Exports SmolLM2-135M, or with ``--model random`` a Llama of its shape, with a sequence length that
 stays open, packages it with AOTInductor, stock and in FP8, and compiles it with torch.compile,
-stock and with "lp_fp8". Each of the two runs in a process and with a cache of its own;
-``--together`` compiles both at once, where there are cores enough. Packages are run by the C++
+stock and with "lp_fp8". Each of the four is made in a process and with a cache of its own;
+``--together`` makes them at once, where there are cores enough. Packages are run by the C++
 program of ``examples/aoti_cpp``, the compiled models in Python, both timed one run after another,
 each waited for, with nothing else of ours at work. What a host has to do besides changes from
 minute to minute, so stock and FP8 take turns, several rounds, and the median of these counts. On a
@@ -22,6 +22,8 @@ novel. Needs what the demo needs (the ``demo`` extra), g++, and no CUDA toolkit.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import math
 import os
@@ -31,10 +33,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from benchmarks.latency import Call, capture, latency_ms, turns
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("stock", "fp8")
@@ -44,9 +48,9 @@ LAST = 64  # tokens whose logits are returned: those of all would be most of the
 VOCABULARY = 49152
 LONGEST = 8192  # tokens: what SmolLM2 was made for
 ROUNDS = 7
-RESULT = "result.json"
+PACKAGE = "model.pt2"
 
-Call = Callable[[], Any]
+Process = subprocess.Popen[bytes]
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -92,142 +96,124 @@ def random_llama(layers: int) -> Any:
     return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def measure(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Package and compile in this process; references for the C++ program go to ``folder``."""
-    import copy
+def measure_package(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Package in this process; references for the C++ program go to ``folder``."""
+    import torch
 
+    import lp_inductor
+    from lp_inductor.toolchain import linked_libraries
+
+    model, inputs = load(options)
+    lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=LONGEST)},)
+    package = folder / PACKAGE
+    for number, (ids, exact) in enumerate(zip(inputs, references(model, inputs), strict=True)):
+        torch.save({"inputs": [ids.cpu()], "outputs": [exact.cpu()]}, folder / f"{number}.pt")
+    # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
+    program = torch.export.export(model, (inputs[0],), dynamic_shapes=lengths, strict=True)
+    begin = time.perf_counter()
+    if variant == "stock":
+        linked = {"aot_inductor.custom_op_libs": linked_libraries()}
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs=linked
+        )
+    else:
+        lp_inductor.aoti_compile_and_package(
+            program, package_path=package, config=fp8_config(options)
+        )
+    found: dict[str, Any] = {"package_s": time.perf_counter() - begin, "fused": 0}
+    if variant == "fp8":
+        info = lp_inductor.read_package(package)["model"]
+        found |= {"fused": info.report.fused, "package_kernels": list(info.kernels)}
+    return {**found, "package_bytes": package.stat().st_size, "versions": versions(options.device)}
+
+
+def measure_jit(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile with torch.compile and time it, in turn with the other variant's process.
+
+    The process does nothing else: what had run in it before might change what Python costs.
+    """
     import torch
 
     import lp_inductor
     from benchmarks.gpu import sqnr
+
+    model, inputs = load(options)
+    torch._dynamo.mark_dynamic(inputs[0], 1)
+    compiled = torch.compile(model)
+    if variant == "fp8":
+        compiled = lp_inductor.compile_with_fp8_fusion(model, fp8_config(options))
+    rows: list[dict[str, float]] = []
+    for ids, exact in zip(inputs, references(model, inputs), strict=True):
+        begin = time.perf_counter()
+        result = compiled(ids)
+        seconds = time.perf_counter() - begin
+        rows.append({"jit_first_call_s": seconds, "jit_sqnr_db": sqnr(result, exact)})
+    mark_compiled(variant, "jit", folder)
+    calls = [functools.partial(compiled, ids) for ids in inputs]
+    for row, found in zip(rows, time_in_turns(variant, folder, calls, options), strict=True):
+        row |= found
+    sites = lp_inductor.explain(model, inputs[0], config=fp8_config(options)).sites
+    kernels = {site.kernel or "stock" for site in sites} if variant == "fp8" else {"stock"}
+    named = {str(n): row for n, row in zip(options.tokens, rows, strict=True)}
+    return {"rows": named, "jit_kernels": sorted(kernels)}
+
+
+WORK = {"package": measure_package, "jit": measure_jit}
+
+
+def load(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The model, and tokens for it of each length asked for."""
     from benchmarks.smollm2 import first_tokens
-    from lp_inductor.toolchain import linked_libraries
 
-    tokens, device = options.tokens, options.device
-    config = {"kernel": options.kernel, "force": True}
     model, text = load_model(options)
-    inputs = [first_tokens(text, n) for n in tokens]
-    lengths = ({1: torch.export.Dim("tokens", min=LAST + 1, max=LONGEST)},)
-    package = folder / "model.pt2"
-    with torch.no_grad():
-        # Strict: with torch 2.11, grouped heads of an open length cannot be exported otherwise.
-        program = torch.export.export(model, (inputs[0],), dynamic_shapes=lengths, strict=True)
-        begin = time.perf_counter()
-        if variant == "stock":
-            linked = {"aot_inductor.custom_op_libs": linked_libraries()}
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(package), inductor_configs=linked
-            )
-        else:
-            lp_inductor.aoti_compile_and_package(program, package_path=package, config=config)
-        package_seconds = time.perf_counter() - begin
-        exact = copy.deepcopy(model).float()
-        compiled = torch.compile(model)
-        if variant == "fp8":
-            compiled = lp_inductor.compile_with_fp8_fusion(model, config)
-        rows: dict[str, dict[str, float]] = {}
-        for number, ids in enumerate(inputs):
-            if number == 0:
-                torch._dynamo.mark_dynamic(ids, 1)
-            reference = exact(ids)
-            begin = time.perf_counter()
-            result = compiled(ids)
-            seconds = time.perf_counter() - begin
-            rows[str(tokens[number])] = {
-                "jit_first_call_s": seconds,
-                "jit_sqnr_db": sqnr(result, reference),
-            }
-            plain = ids.detach().clone().cpu()
-            torch.save({"inputs": [plain], "outputs": [reference.cpu()]}, folder / f"{number}.pt")
-        fused: dict[str, Any] = {"fused": 0}
-        if variant == "fp8":
-            info = lp_inductor.read_package(package)["model"]
-            sites = lp_inductor.explain(model, inputs[0], config=config).sites
-            fused = {
-                "fused": info.report.fused,
-                "jit_kernels": sorted({site.kernel or "stock" for site in sites}),
-                "package_kernels": list(info.kernels),
-            }
-        calls = [ways_to_call(lambda ids=ids: compiled(ids), device) for ids in inputs]
-        times = rounds(folder, options.together, calls, device, options.repeat)
-        for row, found in zip(rows.values(), times, strict=True):
-            row |= found
-    return {
-        "package_s": package_seconds,
-        "package_bytes": package.stat().st_size,
-        **fused,
-        "rows": rows,
-        "versions": versions(device),
-    }
+    return model, [first_tokens(text, n) for n in options.tokens]
 
 
-def rounds(
-    folder: Path, together: bool, calls: Sequence[dict[str, Call]], device: str, repeat: int
+def fp8_config(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of both ways."""
+    return {"kernel": options.kernel, "force": True}
+
+
+def references(model: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What the model computes in float32."""
+    exact = copy.deepcopy(model).float()
+    return [exact(ids) for ids in inputs]
+
+
+def mark_compiled(variant: str, work: str, folder: Path) -> None:
+    """Tell the others that this process will not need the CPUs any more, but to measure."""
+    (folder / f"{variant} {work} compiled").touch()
+
+
+def wait_for_compiled(folder: Path) -> None:
+    """Until every process of a group has compiled."""
+    while len(list(folder.glob("* compiled"))) < len(VARIANTS) * len(WORK):
+        time.sleep(0.1)
+
+
+def time_in_turns(
+    variant: str, folder: Path, calls: Sequence[Call], options: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """Times in milliseconds of each way, medians of all rounds.
+    """Milliseconds of each call, and on a GPU of a CUDA graph of it; medians of all rounds.
 
-    Args:
-        folder: of this variant; what it has done is told to the other by files in it.
-        together: take turns with the other variant: nobody compiles or is measured meanwhile.
-        calls: for each length what to time, by name.
-        device: "cpu" or "cuda".
-        repeat: runs a round.
+    The graphs come last, so that making them cannot change what Python's launches cost.
     """
-    found: list[dict[str, list[float]]] = [{way: [] for way in ways} for ways in calls]
-    mine = VARIANTS.index(folder.name)
-    other = folder.parent / VARIANTS[1 - mine]
-    (folder / "round -1").touch()  # compiled
-    for number in range(ROUNDS):
-        turn = other / f"round {number - 1 + mine}"
-        while together and not turn.exists():
-            time.sleep(0.1)
-        for times, ways in zip(found, calls, strict=True):
-            for way, call in ways.items():
-                times[way].append(latency_ms(call, device, repeat))
-        (folder / f"round {number}").touch()
+    found: list[dict[str, list[float]]] = [{} for _ in calls]
+    ways = ["jit", *(["jit_graph"] if options.device == "cuda" else [])]
+    timed: Sequence[Call | None] = calls
+    count = ROUNDS * len(ways)
+    together = turns(VARIANTS.index(variant), len(VARIANTS), folder, count)
+    if options.together:
+        wait_for_compiled(folder)
+    for number in together if options.together else range(count):
+        way = ways[number // ROUNDS]
+        if way == "jit_graph" and timed is calls:
+            timed = [capture(call) for call in calls]
+        for times, call in zip(found, timed, strict=True):
+            if call is not None:
+                taken = latency_ms(call, options.device, options.repeat)
+                times.setdefault(f"{way}_ms", []).append(taken)
     return [{way: statistics.median(t) for way, t in times.items()} for times in found]
-
-
-def latency_ms(run: Call, device: str, repeat: int) -> float:
-    """The median time of a run in milliseconds, measured as the C++ program does."""
-    import torch
-
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    times = []
-    for number in range(-max(3, repeat // 10), repeat):
-        begin = time.perf_counter()
-        run()
-        wait()
-        if number >= 0:
-            times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
-def ways_to_call(run: Call, device: str) -> dict[str, Call]:
-    """What torch.compile made, called from Python, and on a GPU as a CUDA graph."""
-    ways = {"jit_ms": run}
-    if device == "cuda":
-        try:
-            ways["jit_graph_ms"] = capture(run).replay
-        except RuntimeError as error:
-            print(f"cannot be captured in a CUDA graph: {error}", file=sys.stderr)
-    return ways
-
-
-def capture(run: Call) -> Any:
-    """A CUDA graph of a run that has been warmed up."""
-    import torch
-
-    # Libraries prepare themselves for a new stream, which a capture does not allow.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        run()
-    return graph
 
 
 def versions(device: str) -> dict[str, str]:
@@ -245,32 +231,53 @@ def versions(device: str) -> dict[str, str]:
     }
 
 
-def start_variant(variant: str, folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Start to measure one variant in a fresh process with an empty cache."""
-    folder.mkdir()
+def start(variant: str, work: str, folder: Path, arguments: list[str]) -> Process:
+    """Do one thing with one variant in a fresh process with an empty cache."""
+    place = folder / variant
+    place.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.aoti", *arguments]
     return subprocess.Popen(
-        [*command, "--child", variant, "--folder", str(folder)],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")},
+        [*command, "--child", variant, work, "--folder", str(folder)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(place / f"{work}_cache")},
         cwd=ROOT,
     )
 
 
 def run_variants(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all variants, one after another or together."""
-    for group in [VARIANTS] if options.together else [(variant,) for variant in VARIANTS]:
-        wait_for({v: start_variant(v, folder / v, sys.argv[1:]) for v in group})
-    return {v: json.loads((folder / v / RESULT).read_text()) for v in VARIANTS}
+    children = [(variant, work) for variant in VARIANTS for work in WORK]
+    for group in [children] if options.together else [[child] for child in children]:
+        wait_for({child: start(*child, folder, sys.argv[1:]) for child in group})
+    return {
+        variant: {
+            key: value
+            for work in WORK
+            for key, value in json.loads((folder / variant / f"{work}.json").read_text()).items()
+        }
+        for variant in VARIANTS
+    }
 
 
-def wait_for(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+def run_child(variant: str, work: str, options: argparse.Namespace) -> None:
+    """What a process of :func:`start` does."""
+    import torch
+
+    place = options.folder / variant
+    with torch.no_grad():
+        found = WORK[work](variant, place if work == "package" else options.folder, options)
+    (place / f"{work}.json").write_text(json.dumps(found))
+    if work == "package":
+        mark_compiled(variant, work, options.folder)
+
+
+def wait_for(processes: dict[tuple[str, str], Process]) -> None:
     """Until all have ended. One that fails ends the others, which wait for their turns."""
     try:
         while True:
-            statuses = {variant: process.poll() for variant, process in processes.items()}
-            for variant, status in statuses.items():
+            statuses = {child: process.poll() for child, process in processes.items()}
+            for child, status in statuses.items():
                 if status:
-                    raise SystemExit(f"{variant}: failed with status {status}")
+                    raise SystemExit(f"{' '.join(child)}: failed with status {status}")
             if None not in statuses.values():
                 return
             time.sleep(0.2)
@@ -286,7 +293,7 @@ def run_packages(program: Path, folder: Path, results: dict[str, Any], repeat: i
         for variant in VARIANTS:
             for number, tokens in enumerate(results[variant]["rows"]):
                 place = folder / variant
-                command = [program, place / "model.pt2", place / f"{number}.pt"]
+                command = [program, place / PACKAGE, place / f"{number}.pt"]
                 done = subprocess.run(
                     [*command, "--repeat", str(repeat)],
                     stdout=subprocess.PIPE,
@@ -315,7 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--program", type=Path, help="the C++ program, where it is built already")
     parser.add_argument("--together", action="store_true", help="compile both variants at once")
     parser.add_argument("--json", type=Path, help="write the raw numbers here")
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.kernel = options.kernel or DEFAULT_KERNEL[options.device]
@@ -382,8 +389,7 @@ def main() -> None:
     """Measure both variants and print."""
     options = parse()
     if options.child is not None:
-        result = measure(options.child, options.folder, options)
-        (options.folder / RESULT).write_text(json.dumps(result))
+        run_child(*options.child, options)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

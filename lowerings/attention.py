@@ -36,6 +36,7 @@ from torch.fx import Graph, Node
 from lp_inductor import _compat, reference
 from lp_inductor.kernels import Kernel, registered_kernels
 from lp_inductor.lowerings import triton
+from lp_inductor.lowerings.memory import pass_memory
 from lp_inductor.ops import run_kernel
 from lp_inductor.passes.emit import Emitter
 from lp_inductor.passes.inline import Inliner
@@ -87,6 +88,7 @@ def _lower(graph: Graph, package: bool) -> None:
                 _replace_outputs(node, [None, None, None])
             else:
                 _inline(node, _DECOMPOSITIONS[node.target], node.args, inliner, node.kwargs)
+    pass_memory(graph)
 
 
 def lower_attention(

@@ -24,7 +24,7 @@ For an attention kernel of somebody else only the quantisation is lowered so.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,24 +168,12 @@ def lower_triton_site(node: Node, whole: bool, inliner: Inliner) -> list[Node | 
     mean, mask, lower, upper, chunk, scale, out_dtype = node.args[6:13]
     emitter = Emitter(node.graph, node)
     bounds = (mask, lower, upper, chunk)
-    realize((mask, *(site.tensors() if site is not None else ())))
     common: dict[str, Any] = {"scale": scale, "out_dtype": out_dtype}
     if site is not None:
         constants = {**site.constants(), **common}
         return inliner.inline(emitter, _layer, (*site.tensors(), *bounds), constants)
     operands = (query, key, value, *descales, mean)
     return inliner.inline(emitter, _attention, (*operands, *bounds), common)
-
-
-def realize(operands: Iterable[Any]) -> None:
-    """Have Inductor compute each operand once, into memory, for all the kernels that read it.
-
-    A Triton kernel wants its operands in memory. What Inductor has not stored by then, such as the
-    tables of a rotation or a key behind a norm, it would compute and store again for every launch.
-    """
-    for operand in operands:
-        if isinstance(operand, Node) and operand.op == "call_function":
-            operand.meta["inductor_realize_to_strides"] = True
 
 
 def _is_exclusive(site: SiteCalls, attention: Node, mean: Any) -> bool:
@@ -284,7 +272,6 @@ def lower_quantization(
     for name in ("granularity", "qk_dtype", "static_descales"):
         del constants[name]
     constants["group_size"] = site.query.group_size
-    realize(site.tensors())
     results = inliner.inline(
         Emitter(attention.graph, last), _quantize_site, site.tensors(), constants
     )

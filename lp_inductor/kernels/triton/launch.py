@@ -20,6 +20,15 @@ from lp_inductor.kernels.triton import (
     sample_kernel,
 )
 
+#: All that are started. Of a tensor they get the address; its strides are numbers beside it.
+KERNELS = (
+    attention_kernel.attention_forward,
+    quantize_kernel.quantize_operands,
+    sample_kernel.sample_operands,
+    sample_kernel.transform_means,
+    mean_kernel.add_means,
+)
+
 
 def _starter(kernel: Any) -> Callable[..., None]:
     def start(grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
@@ -43,8 +52,6 @@ def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[objec
     return torch.cuda.device(device)
 
 
-attention_forward = _starter(attention_kernel.attention_forward)
-quantize_operands = _starter(quantize_kernel.quantize_operands)
-sample_operands = _starter(sample_kernel.sample_operands)
-transform_means = _starter(sample_kernel.transform_means)
-add_means = _starter(mean_kernel.add_means)
+attention_forward, quantize_operands, sample_operands, transform_means, add_means = (
+    _starter(kernel) for kernel in KERNELS
+)

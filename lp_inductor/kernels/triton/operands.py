@@ -56,16 +56,6 @@ class Operands:
         assert x is not None
         return x
 
-    @property
-    def spare(self) -> Tensor:
-        """What stands in for a pointer that is not used.
-
-        A table rather than an operand, which is often a view that compiled code makes a tensor of
-        for every argument that it is.
-        """
-        rope = self.q_rope or self.k_rope
-        return self.any if rope is None else rope.cos
-
 
 @dataclass
 class Quantized:

@@ -229,14 +229,13 @@ def _launch(
         samples.k_mean, samples.v_mean, out.query, out.key, out.value,
         out.q_descale, out.k_descale, out.v_descale, *samples.seen, *samples.guesses,
     )  # fmt: skip
-    spare = next((m for m in (samples.k_mean, samples.v_mean) if m is not None), operands.spare)
     v_guess = samples.guesses[2]
     v_guesses = 1 if v_guess is None else int(v_guess.shape[2])
     from lp_inductor.kernels.triton import launch
 
     launch.quantize_operands(
         (programs, x.shape[0]),
-        *(spare if t is None else t for t in pointers),
+        *(x if t is None else t for t in pointers),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         *(1.0 / descale for descale in given),

@@ -96,7 +96,7 @@ def sample(
     programs += key.shape[1] * has_k + value.shape[1] * cdiv(dim_v, _V_LANES) * has_v
     launch.sample_operands(
         (programs, x.shape[0]),
-        *(operands.spare if t is None else t for t in pointers),
+        *(x if t is None else t for t in pointers),
         *query.stride(), *key.stride(), *value.stride(), *q_strides, *k_strides,
         query.shape[1], key.shape[1], query.shape[2], key.shape[2],
         D=dim, DV=dim_v, DP=padded_lanes(dim), TILE=SAMPLES,
