@@ -6,10 +6,11 @@ stock and with "lp_fp8". Each of the four is made in a process and with a cache 
 ``--together`` makes them at once, where there are cores enough. Packages are run by the C++
 program of ``examples/aoti_cpp``, the compiled models in Python, both timed one run after another,
 each waited for, with nothing else of ours at work. What a host has to do besides changes from
-minute to minute, so stock and FP8 take turns, several rounds, and the median of these counts. On a
-GPU Python's launches may take longer than what they launch, so that there the compiled models are
-also timed as CUDA graphs (``jit_graph``): a package should take no longer than that work of the
-GPU. Both use one FP8 kernel; ``auto`` might choose one for them that no package may hold.
+minute to minute and from CPU to CPU, so stock and FP8 take turns, several rounds, each on another
+part of the CPUs; medians of all rounds count, of times and of the ratios within a round. On a GPU
+Python's launches may take longer than what they launch, so that there the compiled models are also
+timed as CUDA graphs (``jit_graph``): a package should take no longer than that work of the GPU.
+Both use one FP8 kernel; ``auto`` might choose one for them that no package may hold.
 
     python -m benchmarks.aoti --device cuda --tokens 1024 8192 --json benchmarks/results/aoti.json
 
@@ -38,7 +39,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency import Call, capture, latency_ms, turns
+from benchmarks.latency import Call, capture, latency_ms, turns, use_cpus
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("stock", "fp8")
@@ -142,7 +143,7 @@ def measure_jit(variant: str, folder: Path, options: argparse.Namespace) -> dict
     compiled = torch.compile(model)
     if variant == "fp8":
         compiled = lp_inductor.compile_with_fp8_fusion(model, fp8_config(options))
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     for ids, exact in zip(inputs, references(model, inputs), strict=True):
         begin = time.perf_counter()
         result = compiled(ids)
@@ -150,8 +151,8 @@ def measure_jit(variant: str, folder: Path, options: argparse.Namespace) -> dict
         rows.append({"jit_first_call_s": seconds, "jit_sqnr_db": sqnr(result, exact)})
     mark_compiled(variant, "jit", folder)
     calls = [functools.partial(compiled, ids) for ids in inputs]
-    for row, found in zip(rows, time_in_turns(variant, folder, calls, options), strict=True):
-        row |= found
+    for row, times in zip(rows, time_in_turns(variant, folder, calls, options), strict=True):
+        row["ms"] = times
     return {"rows": {str(n): row for n, row in zip(options.tokens, rows, strict=True)}}
 
 
@@ -190,8 +191,8 @@ def wait_for_compiled(folder: Path) -> None:
 
 def time_in_turns(
     variant: str, folder: Path, calls: Sequence[Call], options: argparse.Namespace
-) -> list[dict[str, float]]:
-    """Milliseconds of each call, and on a GPU of a CUDA graph of it; medians of all rounds.
+) -> list[dict[str, list[float]]]:
+    """Milliseconds of each call, and on a GPU of a CUDA graph of it, in each round.
 
     The graphs come last, so that making them cannot change what Python's launches cost.
     """
@@ -204,13 +205,14 @@ def time_in_turns(
         wait_for_compiled(folder)
     for number in together if options.together else range(count):
         way = ways[number // ROUNDS]
+        use_cpus(number % ROUNDS, ROUNDS)
         if way == "jit_graph" and timed is calls:
             timed = [capture(call) for call in calls]
         for times, call in zip(found, timed, strict=True):
             if call is not None:
                 taken = latency_ms(call, options.device, options.repeat)
-                times.setdefault(f"{way}_ms", []).append(taken)
-    return [{way: statistics.median(t) for way, t in times.items()} for times in found]
+                times.setdefault(way, []).append(taken)
+    return found
 
 
 def versions(device: str) -> dict[str, str]:
@@ -285,12 +287,12 @@ def wait_for(processes: dict[tuple[str, str], Process]) -> None:
 
 def run_packages(program: Path, folder: Path, results: dict[str, Any], repeat: int) -> None:
     """Add what the C++ program says about each variant and length; they take turns."""
-    found: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        use_cpus(number, ROUNDS)
         for variant in VARIANTS:
-            for number, tokens in enumerate(results[variant]["rows"]):
+            for reference, row in enumerate(results[variant]["rows"].values()):
                 place = folder / variant
-                command = [program, place / PACKAGE, place / f"{number}.pt"]
+                command = [program, place / PACKAGE, place / f"{reference}.pt"]
                 done = subprocess.run(
                     [*command, "--repeat", str(repeat)],
                     stdout=subprocess.PIPE,
@@ -298,12 +300,9 @@ def run_packages(program: Path, folder: Path, results: dict[str, Any], repeat: i
                     check=True,
                 )
                 printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-                found.setdefault((variant, tokens), []).append(printed)
-    for (variant, tokens), lines in found.items():
-        row = results[variant]["rows"][tokens]
-        times = [float(printed["latency"].removesuffix(" ms")) for printed in lines]
-        row["package_ms"] = statistics.median(times)
-        row["package_sqnr_db"] = float(lines[-1]["sqnr"].removesuffix(" dB"))
+                milliseconds = float(printed["latency"].removesuffix(" ms"))
+                row["ms"].setdefault("package", []).append(milliseconds)
+                row["package_sqnr_db"] = float(printed["sqnr"].removesuffix(" dB"))
 
 
 def parse() -> argparse.Namespace:
@@ -328,20 +327,17 @@ def parse() -> argparse.Namespace:
 
 def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each length: packages beside torch.compile, and how many times as fast FP8 is."""
-    found = {}
+    pairs = [((v, "package"), (v, way), f"{v} package/{way}") for v in VARIANTS for way in WAYS[:2]]
+    pairs += [(("stock", way), ("fp8", way), f"{way} stock/fp8") for way in WAYS]
+    found: dict[str, dict[str, float]] = {}
     for tokens in results["stock"]["rows"]:
         times = {
-            (variant, key.removesuffix("_ms")): value
+            (variant, way): rounds
             for variant in VARIANTS
-            for key, value in results[variant]["rows"][tokens].items()
-            if key.endswith("_ms")
+            for way, rounds in results[variant]["rows"][tokens]["ms"].items()
         }
-        pairs = [
-            ((v, "package"), (v, way), f"{v} package/{way}") for v in VARIANTS for way in WAYS[:2]
-        ]
-        pairs += [(("stock", way), ("fp8", way), f"{way} stock/fp8") for way in WAYS]
         found[tokens] = {
-            name: times[above] / times[below]
+            name: statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
             for above, below, name in pairs
             if above in times and below in times
         }
@@ -360,7 +356,8 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", "variant  tokens  JIT ms     graph ms   package ms  JIT dB  package dB"]
     for variant, found in results.items():
         for tokens, row in found["rows"].items():
-            times = (f"{row.get(f'{way}_ms', math.nan):9.3f}" for way in WAYS)
+            medians = {way: statistics.median(rounds) for way, rounds in row["ms"].items()}
+            times = (f"{medians.get(way, math.nan):9.3f}" for way in WAYS)
             lines.append(
                 f"{variant:7s}  {tokens:6s}  {'  '.join(times)}   {row['jit_sqnr_db']:6.2f}  "
                 f"{row['package_sqnr_db']:10.2f}"

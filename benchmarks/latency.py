@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -10,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 Call = Callable[[], Any]
+
+_CPUS = sorted(os.sched_getaffinity(0))
+
+
+def use_cpus(part: int, parts: int) -> None:
+    """Run this thread, and the processes that it starts, on one of ``parts`` of the CPUs.
+
+    Some CPUs of a machine may be far from its GPU or share a core with something that works, and a
+    process stays where it started: what is compared must have been on the same ones. A machine with
+    too few CPUs is used whole.
+    """
+    size = len(_CPUS) // parts
+    os.sched_setaffinity(0, _CPUS[part * size : (part + 1) * size] if size > 1 else _CPUS)
 
 
 def turns(mine: int, everybody: int, folder: Path, count: int) -> Iterator[int]:
