@@ -6,10 +6,13 @@ The rival is the rotation under torch.compile and the fastest of FlashAttention-
 installed, FA3. Milliseconds, batch 1, 32 heads; in a CUDA graph but for the longest. "triton" is
 our whole layer with a scale a head, "per block" with one for 128 tokens, "int8" with scores in
 INT8. "fa3 fp8" is our quantisation, one scale a head, in front of FA3. ``--ours`` names those to
-measure. FlashAttention-2, never the fastest on Hopper, is left out of the longest calls. The file
-is written as the sweep goes; with ``--seconds`` it ends after that long. ``--compile-first 14``
-fills the caches of torch.compile and Triton from that many processes at once before it measures:
-most of a sweep's time is compilation.
+measure. "masked bf16" is what a model gets that makes its causal mask a tensor, as those of
+transformers do when they are compiled: attention of PyTorch's own choice, which cannot be flash
+attention, over keys and values that are repeated for their group. It is no rival of the others.
+FlashAttention-2, never the fastest on Hopper, is left out of the longest calls. The file is written
+as the sweep goes; with ``--seconds`` it ends after that long. ``--compile-first 14`` fills the
+caches of torch.compile and Triton from that many processes at once before it measures: most of a
+sweep's time is compilation.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu
@@ -90,6 +94,18 @@ def bf16(
     return run
 
 
+def masked(operands: Tensors, rope: Rope) -> Any:
+    """Causal attention with its mask in a tensor, which all layers of a model share."""
+    tokens, group = operands[0].shape[2], operands[0].shape[1] // operands[1].shape[1]
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device="cuda").tril()
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (t if group == 1 else t.repeat_interleave(group, 1) for t in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    return bf16(attention, operands, rope)
+
+
 def inputs(dim: int, tokens: int, kv_heads: int) -> tuple[Tensors, Rope]:
     """Query, key and value, heads inside tokens, and a rotation with whole tables."""
     torch.manual_seed(0)
@@ -154,7 +170,10 @@ def measure(
     row: dict[str, Any] = {"dim": dim, "tokens": tokens, "causal": causal, "kv_heads": kv_heads}
     if _work(row) > 128 * 32768**2:
         del rivals["flash bf16"]
-    for name, run in {**rivals, **ours}.items():
+    others: Runs = {}
+    if causal and _work(row) <= 64 * 32768**2:
+        others["masked bf16"] = masked(operands, rope)
+    for name, run in {**rivals, **others, **ours}.items():
         row[name] = milliseconds(run, row)
     best = min(row[name] for name in rivals if row[name] is not None)
     for name in ours:
