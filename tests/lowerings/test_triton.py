@@ -169,6 +169,33 @@ def test_operands_are_computed_once(hopper: None, kernel: str) -> None:
 
 
 @compiled
+def test_kernels_of_the_model_are_given_what_the_model_gives_them(hopper: None) -> None:
+    """They may look at more of a tensor than its address; ours get the memory of a view."""
+    import triton as triton_package
+    from triton import language as tl
+
+    @triton_package.jit
+    def double(x_ptr, out_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+        lanes = tl.arange(0, N)
+        tl.store(out_ptr + lanes, tl.load(x_ptr + lanes) * 2)
+
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        seen, out = sin.view(40, -1), torch.empty_like(sin)
+        torch.library.wrap_triton(double)[(1,)](seen, out, N=32)
+        table = cos.squeeze(0).unsqueeze(0)
+        return attend(*quantised(q, k, v, table, table)) + out.sum()
+
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+
+    graph = lowered(dispatch_functionalize(model))
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_functional
+    read = [node.kwargs["kwargs"] for node in graph.nodes if node.target is wrapper]
+    assert [r["x_ptr"].target for r in read if "x_ptr" in r] == [torch.ops.aten.view.default]  # type: ignore[index, operator, union-attr]
+    tables = [r["k_cos_ptr"].op for r in read if "k_cos_ptr" in r]  # type: ignore[index, operator, union-attr]
+    assert tables and set(tables) == {"placeholder"}
+
+
+@compiled
 def test_shared_keys_and_values_are_quantised_once(hopper: None) -> None:
     """Two attention calls over one key: each is lowered alone, behind one quantisation."""
 
