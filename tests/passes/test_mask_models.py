@@ -348,7 +348,7 @@ DYNAMIC = (
 
 
 #: Of those, what each run of the tests traces, test_speed with them.
-SHORT = ("llama, position ids", "llama4", "mistral, padded")
+SHORT = ("llama, position ids", "mistral, padded")
 
 
 @pytest.mark.parametrize(
