@@ -375,7 +375,7 @@ def test_model(name: str, dynamic: bool) -> None:
     assert found == MODELS[name][1]
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [*SHORT, pytest.param("llama4", marks=pytest.mark.long)])
 def test_speed(name: str) -> None:
     """A mask is proved in some ten milliseconds, and once however many layers share it."""
     traced = masks_of(name, True).traced[0]
