@@ -26,6 +26,8 @@ DATA_VARIABLE = "LP_INDUCTOR_ZOO_DATA"
 
 def as_parameters(cases: Iterable[ZooCase], long: Collection[str]) -> list[Any]:
     """The cases for ``parametrize``; those named in ``long`` are left to ``make test-long``."""
+    cases = list(cases)
+    assert {case.name for case in cases} >= set(long)
     return [
         pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in long else [])
         for case in cases

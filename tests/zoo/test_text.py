@@ -31,7 +31,3 @@ LONG = {
 @pytest.mark.parametrize("case", as_parameters(CASES, LONG))
 def test_language_model(case: ZooCase) -> None:
     check(case)
-
-
-def test_the_long_ones_are_cases() -> None:
-    assert {case.name for case in CASES} >= LONG

@@ -22,7 +22,3 @@ LONG = {
 @pytest.mark.parametrize("case", as_parameters(CASES, LONG))
 def test_encoder(case: ZooCase) -> None:
     check(case)
-
-
-def test_the_long_ones_are_cases() -> None:
-    assert {case.name for case in CASES} >= LONG
